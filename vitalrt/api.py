@@ -1,0 +1,226 @@
+"""What users call: load a model, ask it about images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vitalrt.checkpoint import Checkpoint, Progress, choose_device, choose_dtype, load_weights
+from vitalrt.config import EngineConfig, read_json
+from vitalrt.engine.request import Answer, Decoding, Request, Usage
+from vitalrt.engine.scheduler import Engine
+from vitalrt.engine.sequence import Sequence as Running
+from vitalrt.errors import VitalError
+from vitalrt.inputs.image import ReadOptions
+from vitalrt.inputs.processor import Processor
+from vitalrt.inputs.prompt import Prompt
+from vitalrt.model.qwen3_vl import Qwen3VL
+
+BUNDLED = Path(__file__).parent / "assets" / "phantom"
+REPLACEMENT = "\ufffd"  # how a tokenizer shows the bytes of an unfinished UTF-8 character
+
+
+class Model:
+    """A loaded checkpoint with its engine. Safe to call from several threads; they share one running batch."""
+
+    def __init__(self, checkpoint: Checkpoint, weights: Qwen3VL, engine: EngineConfig) -> None:
+        self.checkpoint = checkpoint
+        self.weights = weights
+        self.engine = Engine(weights, engine, stop_ids(checkpoint))
+
+    @functools.cached_property
+    def processor(self) -> Processor:
+        """Read when first needed: a directory without tokenizer files still runs ready-made prompts."""
+        return Processor(self.checkpoint.directory)
+
+    def generate(
+        self,
+        image: Any,
+        question: str,
+        k: int | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        read: ReadOptions | None = None,
+    ) -> Answer:
+        """Answer one question after k latent steps (None: the checkpoint's default). Research use only.
+
+        image: a path (PNG, JPEG, TIFF, DICOM, NIfTI), bytes, PIL image, numpy or torch array, a list of these for
+        several images, or None.  read: which frame, slice or window to look at.  temperature 0 is greedy.
+        Raises VitalError.
+        """
+        read = read or ReadOptions()
+        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read)
+        return self.generate_batch([request])[0]
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answers in the order of the requests. Each may have its own k, length, sampling and images."""
+        decodings = [self._decoding(request) for request in requests]
+        prompts = [self.prepare(request.image, request.question, request.read) for request in requests]
+        return self._answers(prompts, decodings, decode=True)
+
+    def stream(
+        self,
+        image: Any,
+        question: str,
+        k: int | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        read: ReadOptions | None = None,
+    ) -> Iterator[str]:
+        """Like generate, piece by piece; the pieces join to Answer.text, and none ends inside a character.
+
+        Closing the iterator cancels the request and frees its cache at once.
+        """
+        read = read or ReadOptions()
+        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read)
+        decoding = self._decoding(request)
+        prompt = self.prepare(image, question, read)
+        return self._pieces(prompt, decoding)
+
+    def prepare(self, image: Any, question: str, read: ReadOptions | None = None) -> Prompt:
+        """Read, resize and tokenize: what run() takes."""
+        return self.processor.prepare(image, question, read or ReadOptions())
+
+    def run(
+        self,
+        prompts: Sequence[Prompt],
+        k: int | Sequence[int] | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        return_logits: bool = False,
+    ) -> list[Answer]:
+        """Run ready-made prompts in one batch.  k: one for all, or one per prompt.
+
+        With return_logits, answer.logits holds what each answer token was chosen from. Text is empty where the
+        directory has no tokenizer files.
+        """
+        for prompt in prompts:
+            if not isinstance(prompt, Prompt):
+                raise VitalError(f"prompts: expected vitalrt.Prompt, got {type(prompt).__name__}")
+        default = self.checkpoint.vital.k
+        steps = [default if k is None else k] * len(prompts) if k is None or isinstance(k, int) else list(k)
+        if len(steps) != len(prompts):
+            raise VitalError(f"k: expected one int or {len(prompts)} of them, got {len(steps)}")
+        decodings = [Decoding(n, max_new_tokens, temperature, top_p, top_k, seed, return_logits) for n in steps]
+        return self._answers(prompts, decodings, decode=has_tokenizer(self.checkpoint.directory))
+
+    def _decoding(self, request: Request) -> Decoding:
+        if not isinstance(request, Request):
+            raise VitalError(f"requests: expected vitalrt.Request, got {type(request).__name__}")
+        k = self.checkpoint.vital.k if request.k is None else request.k
+        return Decoding(k, request.max_new_tokens, request.temperature, request.top_p, request.top_k, request.seed)
+
+    def _answers(self, prompts: Sequence[Prompt], decodings: Sequence[Decoding], decode: bool) -> list[Answer]:
+        with self._running(prompts, decodings) as running:
+            while not all(sequence.is_finished for sequence in running):
+                self.engine.advance()
+        to_text = self.processor.decode if decode else _no_text
+        return [self._answer(sequence, to_text) for sequence in running]
+
+    def _pieces(self, prompt: Prompt, decoding: Decoding) -> Iterator[str]:
+        with self._running([prompt], [decoding]) as [sequence]:
+            shown = 0
+            while not sequence.is_finished:
+                self.engine.advance()
+                text = self.processor.decode(sequence.token_ids[shown:])
+                if text and (sequence.is_finished or not text.endswith(REPLACEMENT)):
+                    shown = len(sequence.token_ids)
+                    yield text
+
+    @contextmanager
+    def _running(self, prompts: Sequence[Prompt], decodings: Sequence[Decoding]) -> Iterator[list[Running]]:
+        """Submit all or none; whatever has not finished on the way out is cancelled."""
+        running: list[Running] = []
+        try:
+            for prompt, decoding in zip(prompts, decodings, strict=True):
+                running.append(self.engine.submit(prompt, decoding))
+            yield running
+        finally:
+            for sequence in running:
+                self.engine.cancel(sequence)
+
+    def _answer(self, sequence: Running, to_text: Callable[[Sequence[int]], str]) -> Answer:
+        width = self.weights.config.decoder.hidden_size
+        latents = torch.stack(sequence.latents).float().cpu() if sequence.latents else torch.empty(0, width)
+        assert sequence.finish_reason is not None
+        return Answer(
+            text=to_text(sequence.token_ids),
+            token_ids=sequence.token_ids,
+            finish_reason=sequence.finish_reason,
+            latents=latents,
+            usage=Usage(
+                prompt_tokens=sequence.prompt.num_tokens,
+                cached_tokens=0,
+                latent_steps=len(sequence.latents),
+                completion_tokens=sequence.num_completion_tokens,
+            ),
+            timings=sequence.timings(),
+            logits=torch.stack(sequence.logits) if sequence.logits else None,
+        )
+
+
+def load(
+    model: str | Path = BUNDLED,
+    adapter: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    *,
+    cache_tokens: int | None = None,
+    max_batch: int = 64,
+    progress: Progress | None = None,
+) -> Model:
+    """Load a Hugging Face Qwen3-VL directory or hub id; the bundled phantom model if none is given.
+
+    adapter: a PEFT LoRA directory or hub id, merged while loading.  dtype "auto": the checkpoint's on a GPU, float32 on
+    the CPU.  cache_tokens: capacity of the KV cache (None: what 2 GiB hold, at most 32,768), taken once, now.
+    Raises CheckpointError or CapacityError.
+    """
+    engine = EngineConfig(cache_tokens=cache_tokens, max_batch=max_batch)
+    checkpoint = Checkpoint.open(model)
+    where = choose_device(device)
+    weights = load_weights(checkpoint, adapter, where, choose_dtype(dtype, where, checkpoint.config), progress)
+    return Model(checkpoint, weights, engine)
+
+
+@functools.lru_cache(maxsize=1)
+def _cached_load(model: str | Path) -> Model:
+    return load(model)
+
+
+def generate(image: Any, question: str, k: int | None = None, model: str | Path = BUNDLED, **options: Any) -> Answer:
+    """Model.generate with the bundled phantom model, or another; the last one used stays loaded."""
+    return _cached_load(model).generate(image, question, k, **options)
+
+
+def stop_ids(checkpoint: Checkpoint) -> set[int]:
+    """End tokens: generation_config.json's, else config.json's. Empty only if neither names one."""
+    path = checkpoint.directory / "generation_config.json"
+    found = read_json(path).get("eos_token_id") if path.is_file() else None
+    if found is None:
+        config = read_json(checkpoint.directory / "config.json")
+        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    if found is None:
+        return set()
+    return set(found) if isinstance(found, list) else {found}
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return (directory / "tokenizer.json").is_file() or (directory / "vocab.json").is_file()
+
+
+def _no_text(token_ids: Sequence[int]) -> str:
+    return ""

@@ -1,0 +1,1 @@
+"""The life of a request: admission, prefill, latent steps, answer steps."""

@@ -1,0 +1,175 @@
+"""Question and pictures to a Prompt: chat template, tokens, resizing, patches.
+
+Gives what transformers' Qwen3-VL processor gives with its Pillow image backend: the same ids and grids, and patches that
+agree to 1e-5. (Its torchvision backend resizes with another bicubic filter, one or two of 255 grey levels apart in a
+few pixels.)
+
+H, W pixels; T tokens; P patches.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vitalrt.errors import CheckpointError, InputError
+from vitalrt.inputs.image import ReadOptions, read_image
+from vitalrt.inputs.prompt import Prompt
+
+IMAGE_TOKEN = "<|image_pad|>"
+MAX_ASPECT_RATIO = 200
+
+
+@dataclass(frozen=True)
+class PatchOptions:
+    """How a picture becomes patches (preprocessor_config.json). min_pixels, max_pixels bound H*W after resizing."""
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> PatchOptions:
+        path = directory / "preprocessor_config.json"
+        if not path.is_file() and (directory / "processor_config.json").is_file():
+            path = directory / "processor_config.json"
+        try:
+            config = json.loads(path.read_text())
+            config = config.get("image_processor", config)
+            size = config.get("size") or {}
+            return cls(
+                patch_size=config["patch_size"],
+                merge_size=config["merge_size"],
+                temporal_patch_size=config["temporal_patch_size"],
+                min_pixels=config.get("min_pixels") or size["shortest_edge"],
+                max_pixels=config.get("max_pixels") or size["longest_edge"],
+                mean=tuple(config["image_mean"]),
+                std=tuple(config["image_std"]),
+            )
+        except FileNotFoundError as error:
+            raise CheckpointError(f"model: {directory} has no preprocessor_config.json, needed to read images") from error
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"model: {path} lacks or garbles {error} for image preprocessing") from error
+
+
+def fit_size(height: int, width: int, options: PatchOptions) -> tuple[int, int]:
+    """(H, W) after resizing: multiples of patch_size * merge_size, area within bounds, aspect ratio nearly kept."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise InputError(f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width} pixels")
+    factor = options.patch_size * options.merge_size
+    fitted_height, fitted_width = round(height / factor) * factor, round(width / factor) * factor
+    if fitted_height * fitted_width > options.max_pixels:
+        shrink = math.sqrt(height * width / options.max_pixels)
+        fitted_height = max(factor, math.floor(height / shrink / factor) * factor)
+        fitted_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif fitted_height * fitted_width < options.min_pixels:
+        grow = math.sqrt(options.min_pixels / (height * width))
+        fitted_height = math.ceil(height * grow / factor) * factor
+        fitted_width = math.ceil(width * grow / factor) * factor
+    return fitted_height, fitted_width
+
+
+def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """Resize, normalise and cut one picture.
+
+    pixels: uint8 [H, W, 3].  Returns float32 [P, 3 * temporal * patch * patch], patches in merge-block order (the
+    merge x merge patches of one visual token are neighbours), and the grid (1, H / patch, W / patch).
+    """
+    height, width = fit_size(*pixels.shape[:2], options)
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    scale = np.asarray([1 / (255 * std) for std in options.std], np.float32)
+    offset = np.asarray([mean / std for mean, std in zip(options.mean, options.std, strict=True)], np.float32)
+    values = np.asarray(resized, np.float32) * scale - offset
+    patch, merge = options.patch_size, options.merge_size
+    grid_h, grid_w = height // patch, width // patch
+    blocks = values.reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, block column, row, column, channel, y, x
+    frames = np.repeat(blocks[:, :, :, :, :, None], options.temporal_patch_size, axis=5)
+    return frames.reshape(grid_h * grid_w, -1), (1, grid_h, grid_w)
+
+
+class Processor:
+    """Tokenizer, chat template and image preprocessing of one checkpoint directory."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer  # seconds to import, and only needed for text
+
+        self.patch_options = PatchOptions.from_directory(directory)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"model: {directory} has no usable tokenizer files ({error})".splitlines()[0]) from error
+        self.chat_template = _chat_template(directory, self.tokenizer)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    def prepare(self, image: Any, question: str, options: ReadOptions = ReadOptions()) -> Prompt:
+        """image: anything read_image takes, a list of such, or None.  Raises InputError."""
+        started = time.perf_counter()
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f"question: expected non-empty text, got {type(question).__name__}")
+        sources = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+        patches, grids, digests = [], [], []
+        for index, source in enumerate(sources):
+            pixels = read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image")
+            values, grid = patchify(pixels, self.patch_options)
+            patches.append(values)
+            grids.append(grid)
+            digests.append(self._digest(pixels))
+        return Prompt(
+            self.tokenize(question, grids),
+            torch.from_numpy(np.concatenate(patches)) if patches else None,
+            torch.tensor(grids) if grids else None,
+            digests=digests,
+            preprocess_ms=(time.perf_counter() - started) * 1000,
+        )
+
+    def tokenize(self, question: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+        """Ids of one user turn (pictures first, then the question) up to where the answer begins."""
+        content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": question}]
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        # The question may itself spell the placeholder; only the template's own, which come first, are pictures.
+        parts = text.split(IMAGE_TOKEN)
+        if len(parts) != len(grids) + 1:
+            raise InputError(f"question: expected no {IMAGE_TOKEN} token in the text, got {len(parts) - 1 - len(grids)}")
+        for index, (time_, height, width) in enumerate(grids):
+            num_tokens = time_ * height * width // self.patch_options.merge_size**2
+            parts[index] += IMAGE_TOKEN * num_tokens
+        return self.tokenizer("".join(parts))["input_ids"]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _digest(self, pixels: np.ndarray) -> bytes:
+        digest = hashlib.sha256(json.dumps([pixels.shape, asdict(self.patch_options)]).encode())
+        digest.update(np.ascontiguousarray(pixels))
+        return digest.digest()
+
+
+def _chat_template(directory: Path, tokenizer: Any) -> str:
+    """The processor's template where the directory has one of its own, else the tokenizer's."""
+    if (directory / "chat_template.jinja").is_file():
+        return (directory / "chat_template.jinja").read_text()
+    if (directory / "chat_template.json").is_file():
+        return json.loads((directory / "chat_template.json").read_text())["chat_template"]
+    if isinstance(tokenizer.chat_template, str):
+        return tokenizer.chat_template
+    raise CheckpointError(f"model: {directory} has no chat template (chat_template.jinja or tokenizer_config.json)")

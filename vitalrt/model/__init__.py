@@ -1,0 +1,1 @@
+"""Qwen3-VL as mathematics: weights and pure functions of tensors, no request state."""
