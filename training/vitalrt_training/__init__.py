@@ -1,0 +1,1 @@
+"""How the models that vitalrt runs are made: data, losses, training runs, evaluation."""

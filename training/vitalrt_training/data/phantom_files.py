@@ -1,0 +1,118 @@
+"""Writes phantoms to disk: PNG images and masks, samples.jsonl and the tables `images` and `samples` as Parquet.
+
+DIR/images/000017.png            RGB
+DIR/masks/000017_0_liver.png     8-bit, 255 inside; one file per target, in the order of Phantom.targets
+DIR/samples.jsonl                one sample a line, with the path of its image
+DIR/images.parquet, DIR/samples.parquet
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from vitalrt.errors import VitalError
+from vitalrt_training.data.drawing import draw_phantom
+from vitalrt_training.data.questions import ask
+from vitalrt_training.data.records import Phantom
+
+SOURCE = "phantom"
+IMAGES_SCHEMA = pa.schema(
+    [(name, pa.string()) for name in ("id", "path", "sha256", "modality", "source", "split", "volume_id")]
+)
+SAMPLES_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image_id", pa.string()),
+        ("question", pa.string()),
+        ("answer", pa.string()),
+        ("question_type", pa.string()),
+        ("target_name", pa.string()),
+        ("target_type", pa.string()),
+        ("chain", pa.list_(pa.string())),
+        ("roi_feature", pa.list_(pa.float32())),
+        ("global_feature", pa.list_(pa.float32())),
+        ("encoder_id", pa.string()),
+        ("provenance", pa.string()),
+    ]
+)
+
+
+def write_phantoms(out_dir: str | os.PathLike[str], split: str, seed: int, count: int) -> None:
+    """Write phantoms 0 to count - 1 of a split, all or nothing: a run that breaks off leaves out_dir as it was.
+
+    The ROI columns of `samples` are null until features are computed. Raises VitalError when out_dir is not empty or
+    count is below 1, and as draw_phantom does.
+    """
+    out = Path(out_dir)
+    if count < 1:
+        raise VitalError(f"count: expected a number from 1 up, got {count}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise VitalError(f"out_dir: expected a new or an empty directory, got {out}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_all(building, split, seed, count)
+        building.chmod(0o755)
+        # Renaming onto an empty directory replaces it.
+        building.rename(out)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _write_all(root: Path, split: str, seed: int, count: int) -> None:
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
+    images: list[dict[str, Any]] = []
+    samples: list[dict[str, Any]] = []
+    with (root / "samples.jsonl").open("w", encoding="utf-8") as lines:
+        for index in track(range(count), f"{split} phantoms", console=Console(stderr=True)):
+            phantom = draw_phantom(split, seed, index)
+            image_row = _write_images(root, phantom)
+            images.append(image_row)
+            for number, sample in enumerate(ask(phantom)):
+                row = asdict(sample) | {
+                    "id": f"{image_row['id']}-{number}",
+                    "image_id": image_row["id"],
+                    "chain": list(sample.chain),
+                    "provenance": f"phantom split={split} seed={seed} index={index}",
+                }
+                closed = row.pop("closed")
+                samples.append(row)
+                extra = {"image": image_row["path"], "modality": phantom.modality, "closed": closed}
+                lines.write(json.dumps(row | extra) + "\n")
+    pq.write_table(pa.Table.from_pylist(images, schema=IMAGES_SCHEMA), root / "images.parquet")
+    pq.write_table(pa.Table.from_pylist(samples, schema=SAMPLES_SCHEMA), root / "samples.parquet")
+
+
+def _write_images(root: Path, phantom: Phantom) -> dict[str, Any]:
+    """Write image and masks; returns the row of the `images` table. Every phantom is a volume of its own."""
+    path = f"images/{phantom.index:06d}.png"
+    Image.fromarray(phantom.image).save(root / path)
+    for number, target in enumerate(phantom.targets):
+        name = f"{phantom.index:06d}_{number}_{target.name.replace(' ', '+')}.png"
+        Image.fromarray(target.mask.astype(np.uint8) * 255).save(root / "masks" / name)
+    phantom_id = f"phantom-{phantom.split}-{phantom.seed}-{phantom.index:06d}"
+    return {
+        "id": phantom_id,
+        "path": path,
+        "sha256": hashlib.sha256((root / path).read_bytes()).hexdigest(),
+        "modality": phantom.modality,
+        "source": SOURCE,
+        "split": phantom.split,
+        "volume_id": phantom_id,
+    }

@@ -1,0 +1,220 @@
+"""Train a phantom checkpoint: resumable at any moment, atomic on disk, repeatable.
+
+Everything random in a step is drawn from (seed, step), so a resumed run goes on exactly as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+from vitalrt.errors import VitalError
+from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
+from vitalrt_training.data.batches import Batch, PhantomBatches
+from vitalrt_training.data.phantom import ask, draw_phantom
+from vitalrt_training.latent_loop import answer_logits, task_loss
+from vitalrt_training.recipes import Recipe
+from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
+
+TOKENIZER_SEED = 1_000_003  # apart from the training seed: its phantoms are of the training split, but their own
+
+
+def train(recipe: Recipe, run_dir: Path) -> Path:
+    """Train, or go on training, in run_dir; returns the checkpoint directory run_dir/model.
+
+    run_dir holds recipe.json, log.jsonl (a line per step), state.pt (weights and optimiser, replaced atomically) and,
+    when done, model/.  Raises VitalError if run_dir belongs to another recipe, or if the loss stops being finite.
+    """
+    torch.set_num_threads(recipe.threads)
+    base_dir = _prepare(recipe, run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    model = new_backbone(phantom_config(tokenizer), recipe.seed)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, recipe), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True
+    )
+    state_path = run_dir / "state.pt"
+    first_step = _restore(state_path, model, optimizer)
+    _trim_log(run_dir / "log.jsonl", first_step)
+    batches = PhantomBatches(base_dir, recipe.seed, recipe.images_per_batch)
+    validation = _validation_batch(batches, recipe)
+    with _progress_bar() as bar, (run_dir / "log.jsonl").open("a") as log:
+        task = bar.add_task("training", total=recipe.steps, completed=first_step, status="")
+        for step in range(first_step, recipe.steps):
+            started = time.perf_counter()
+            k = draw_k(recipe, step)
+            record = _step(model, optimizer, recipe, batches.draw(step), step, k, state_path)
+            record["seconds"] = round(time.perf_counter() - started, 3)
+            if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.steps:
+                record["validation_exact"] = exact_share(model, validation, recipe.default_k)
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
+                _save_state(state_path, model, optimizer, step + 1)
+            status = f"loss {record['loss']:.3f}  {record['samples'] / record['seconds']:.0f} samples/s"
+            bar.update(task, advance=1, status=status)
+    return _export(model, recipe, base_dir, run_dir)
+
+
+def draw_k(recipe: Recipe, step: int) -> int:
+    weights = np.asarray(recipe.k_weights)
+    return int(np.random.default_rng((recipe.seed, step)).choice(len(weights), p=weights / weights.sum()))
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then half a cosine down to nothing."""
+    if step < recipe.warmup_steps:
+        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) -> float:
+    """Share of answers whose every token is the most likely one, which is when greedy decoding writes them."""
+    logits, _ = answer_logits(model, batch, k)
+    right = (logits.argmax(-1) == batch.answer_ids) | (batch.answer_ids == -100)
+    return float(right.all(-1).float().mean())
+
+
+def _step(
+    model: Qwen3VLForConditionalGeneration,
+    optimizer: torch.optim.Optimizer,
+    recipe: Recipe,
+    batch: Batch,
+    step: int,
+    k: int,
+    state_path: Path,
+) -> dict[str, Any]:
+    rate = learning_rate(recipe, step)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    loss = task_loss(model, batch, k)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
+        raise VitalError(
+            f"training: loss {loss.item()}, gradient norm {norm.item()} at step {step} (phantoms from index "
+            f"{step * recipe.images_per_batch}, seed {recipe.seed}); the last good state is {state_path}"
+        )
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "step": step,
+        "k": k,
+        "loss": loss.item(),
+        "grad_norm": norm.item(),
+        "learning_rate": rate,
+        "samples": len(batch.input_ids),
+    }
+
+
+def _prepare(recipe: Recipe, run_dir: Path) -> Path:
+    """Write recipe and base files (tokenizer, preprocessor, config) once; a later call must bring the same recipe."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    wanted = json.dumps(asdict(recipe), indent=2) + "\n"
+    recipe_path = run_dir / "recipe.json"
+    if recipe_path.is_file() and recipe_path.read_text() != wanted:
+        raise VitalError(f"out: {run_dir} holds a run of another recipe; choose another directory or remove it")
+    base_dir = run_dir / "base"
+    if not base_dir.is_dir():
+        unfinished = run_dir / "base.partial"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir()
+        texts = []
+        for index in range(recipe.tokenizer_images):
+            for sample in ask(draw_phantom("train", TOKENIZER_SEED, index)):
+                texts += [sample.question, sample.answer, *sample.chain]
+        tokenizer = train_tokenizer(texts, recipe.vocab_size)
+        save_tokenizer(tokenizer, unfinished)
+        save_preprocessor(unfinished)
+        phantom_config(tokenizer).save_pretrained(unfinished)
+        generation_config(tokenizer).save_pretrained(unfinished)
+        unfinished.rename(base_dir)
+    _write_atomically(recipe_path, wanted)
+    return base_dir
+
+
+def _parameter_groups(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> list[dict[str, Any]]:
+    """Weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def _validation_batch(batches: PhantomBatches, recipe: Recipe) -> Batch:
+    phantoms = [draw_phantom("validation", recipe.seed, index) for index in range(recipe.validation_images)]
+    return batches.collate([(phantom, ask(phantom)) for phantom in phantoms])
+
+
+def _save_state(
+    path: Path, model: Qwen3VLForConditionalGeneration, optimizer: torch.optim.Optimizer, step: int
+) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
+    os.replace(partial, path)
+
+
+def _restore(path: Path, model: Qwen3VLForConditionalGeneration, optimizer: torch.optim.Optimizer) -> int:
+    """Step to go on from."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _trim_log(path: Path, first_step: int) -> None:
+    """Drop the lines of steps that will be done again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if json.loads(line)["step"] < first_step]
+        _write_atomically(path, "".join(line + "\n" for line in kept))
+
+
+def _export(model: Qwen3VLForConditionalGeneration, recipe: Recipe, base_dir: Path, run_dir: Path) -> Path:
+    """An ordinary Hugging Face directory in bf16, with vital.json beside it."""
+    partial, final = run_dir / "model.partial", run_dir / "model"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(base_dir, partial)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    shutil.copy(base_dir / "generation_config.json", partial)
+    vital = {
+        "k": recipe.default_k,
+        "feedback": "final_norm",
+        "provenance": f"vitalrt phantoms, trained from scratch, seed {recipe.seed}, {recipe.steps} steps",
+    }
+    (partial / "vital.json").write_text(json.dumps(vital, indent=2) + "\n")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    return final
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
