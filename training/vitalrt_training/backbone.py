@@ -24,7 +24,7 @@ PREPROCESSOR = {
 
 
 def phantom_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
-    token_id = tokenizer.convert_tokens_to_ids
+    vocabulary = tokenizer.get_vocab()
     return Qwen3VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
@@ -56,10 +56,10 @@ def phantom_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "num_position_embeddings": 144,
             "deepstack_visual_indexes": [1, 2],
         },
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
         tie_word_embeddings=True,
     )
 

@@ -5,10 +5,11 @@ N samples, T prefix tokens (left-padded), K latent steps, A answer tokens, d wid
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, Qwen3VLForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vitalrt_training.data.batches import Batch
 
@@ -22,13 +23,13 @@ def task_loss(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) -> t
 def answer_logits(
     model: Qwen3VLForConditionalGeneration, batch: Batch, k: int
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Teacher-forced logits [N, A, vocab] of every answer token, and the latents z_1..z_K, each [N, d].
+    """Teacher-forced logits [N, A, vocab] of every answer token, and the latents z_1..z_K, each [N, 1, d].
 
     The first answer token is predicted by z_K itself (z_0 where k = 0), as at inference.
     """
     decoder = model.model.language_model
     embed = decoder.embed_tokens
-    cache = DynamicCache(config=model.config.text_config)
+    cache = DynamicCache(config=model.config.get_text_config())
     hidden = _prefix(model, batch, cache)[:, -1:]
     mask = batch.attention_mask
     positions = batch.next_position[None, :, None].expand(3, -1, 1)
@@ -38,7 +39,7 @@ def answer_logits(
         hidden = decoder(
             inputs_embeds=hidden, position_ids=positions, attention_mask=mask, past_key_values=cache
         ).last_hidden_state
-        latents.append(hidden[:, 0])
+        latents.append(hidden)
         positions = positions + 1
     num_fed = batch.answer_ids.shape[1] - 1
     fed = embed(batch.answer_ids[:, :num_fed].clamp(min=0))
@@ -54,14 +55,16 @@ def answer_logits(
 def _prefix(model: Qwen3VLForConditionalGeneration, batch: Batch, cache: DynamicCache) -> torch.Tensor:
     """Fill the cache. Each image is encoded once, however many questions are asked about it. Returns [N, T, d]."""
     tower = model.model.visual(batch.pixel_values, grid_thw=batch.image_grid_thw)
-    num_tokens = (batch.image_grid_thw.prod(-1) // model.config.vision_config.spatial_merge_size**2).tolist()
+    num_tokens = (batch.image_grid_thw.prod(-1) // model.model.visual.spatial_merge_size**2).tolist()
 
     def per_sample(features: torch.Tensor) -> torch.Tensor:
         by_image = features.split(num_tokens)
         return torch.cat([by_image[image] for image in batch.image_of_sample])
 
-    encoded = BaseModelOutputWithPooling(pooler_output=(per_sample(tower.pooler_output),))
-    encoded.deepstack_features = [(per_sample(features),) for features in tower.deepstack_features]
+    encoded = SimpleNamespace(
+        pooler_output=(per_sample(tower.pooler_output),),
+        deepstack_features=[(per_sample(features),) for features in tower.deepstack_features],
+    )
     return model.model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,

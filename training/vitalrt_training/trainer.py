@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from vitalrt.errors import VitalError
 from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
@@ -38,7 +38,7 @@ def train(recipe: Recipe, run_dir: Path) -> Path:
     """
     torch.set_num_threads(recipe.threads)
     base_dir = _prepare(recipe, run_dir)
-    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir)
     model = new_backbone(phantom_config(tokenizer), recipe.seed)
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, recipe), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True
@@ -190,7 +190,7 @@ def _export(model: Qwen3VLForConditionalGeneration, recipe: Recipe, base_dir: Pa
     partial, final = run_dir / "model.partial", run_dir / "model"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(base_dir, partial)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.bfloat16().save_pretrained(partial)
     shutil.copy(base_dir / "generation_config.json", partial)
     vital = {
         "k": recipe.default_k,

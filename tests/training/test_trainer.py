@@ -1,0 +1,105 @@
+"""The trainer: repeatable, resumable, and in parity with the runtime. K latent steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import vitalrt
+from transformers import Qwen3VLForConditionalGeneration
+from vitalrt.errors import VitalError
+from vitalrt_training import trainer
+from vitalrt_training.data.batches import PhantomBatches
+from vitalrt_training.data.phantom import ask, draw_phantom
+from vitalrt_training.latent_loop import answer_logits
+from vitalrt_training.recipes import phantom
+
+TINY = replace(
+    phantom(), steps=5, images_per_batch=2, tokenizer_images=20, validation_images=2, checkpoint_every=2, threads=1
+)
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    trainer.train(TINY, run_dir)
+    return run_dir
+
+
+def losses(run_dir):
+    return [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(finished_run, tmp_path, monkeypatch):
+    draw = PhantomBatches.draw
+
+    def fail_at_step_3(self, index):
+        if index == 3:
+            raise KeyboardInterrupt
+        return draw(self, index)
+
+    monkeypatch.setattr(PhantomBatches, "draw", fail_at_step_3)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(TINY, tmp_path)
+    monkeypatch.undo()
+    assert not (tmp_path / "model").exists()
+    trainer.train(TINY, tmp_path)
+    assert losses(tmp_path) == losses(finished_run)
+    weights = [(d / "model" / "model.safetensors").read_bytes() for d in (tmp_path, finished_run)]
+    assert weights[0] == weights[1]
+
+
+def test_another_recipe_does_not_overwrite_a_run(finished_run):
+    before = losses(finished_run)
+    with pytest.raises(VitalError, match="another recipe"):
+        trainer.train(replace(TINY, seed=7), finished_run)
+    assert losses(finished_run) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "task_loss", lambda model, batch, k: model.lm_head.weight.sum() * float("nan"))
+    with pytest.raises(VitalError, match="step 0"):
+        trainer.train(TINY, tmp_path)
+
+
+def test_every_step_uses_a_k_of_the_recipe():
+    recipe = replace(TINY, k_weights=(0.0, 1.0, 0.0, 3.0))
+    drawn = [trainer.draw_k(recipe, step) for step in range(400)]
+    assert set(drawn) == {1, 3}
+    assert 0.65 < drawn.count(3) / 400 < 0.85
+
+
+def test_settings_are_checked():
+    assert phantom().with_settings({"steps": "7", "k_weights": "1,0,2"}).k_weights == (1.0, 0.0, 2.0)
+    for settings, message in (({"stepz": "7"}, "stepz"), ({"steps": "many"}, "steps"), ({"steps": "0"}, "steps")):
+        with pytest.raises(VitalError, match=message):
+            phantom().with_settings(settings)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_the_training_graph_equals_the_runtime(finished_run, k):
+    """Left-padded, several questions per image, teacher-forced: the logits and latents that the runtime computes."""
+    directory = finished_run / "model"
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    runtime = vitalrt.load(directory, device="cpu")
+    batches = PhantomBatches(directory, seed=1, images_per_batch=2)
+    asked = [(phantom, ask(phantom)) for phantom in (draw_phantom("test", 1, index) for index in range(2))]
+    batch = batches.collate(asked)
+    with torch.no_grad():
+        logits, latents = answer_logits(theirs, batch, k)
+    prompts = [runtime.prepare(phantom.image, sample.question) for phantom, samples in asked for sample in samples]
+    for row, answer in enumerate(runtime.run(prompts, k=k, max_new_tokens=1, return_logits=True)):
+        torch.testing.assert_close(answer.logits[0], logits[row, 0], rtol=1e-4, atol=1e-4)
+        if k:
+            expected = torch.cat([latent[row] for latent in latents])
+            torch.testing.assert_close(answer.latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_flow_through_every_latent(finished_run):
+    model = Qwen3VLForConditionalGeneration.from_pretrained(finished_run / "model", dtype=torch.float32)
+    batch = PhantomBatches(finished_run / "model", seed=1, images_per_batch=1).draw(0)
+    logits, latents = answer_logits(model, batch, k=3)
+    gradients = torch.autograd.grad(logits[:, 0].sum(), latents)
+    assert all(gradient.abs().max() > 0 for gradient in gradients)

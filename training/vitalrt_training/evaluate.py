@@ -1,0 +1,154 @@
+"""How well a model answers about phantoms, and whether it looks at them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vitalrt.api import Model
+from vitalrt.engine.request import Request
+from vitalrt.errors import VitalError
+from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
+
+PHANTOMS_AT_A_TIME = 16
+MAX_ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One question, and what was answered. k: latent steps used; the sample's own chain length is sample.num_steps."""
+
+    sample: Sample
+    modality: str
+    text: str
+
+    @property
+    def is_right(self) -> bool:
+        return normalise(self.text) == normalise(self.sample.answer)
+
+
+def normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def evaluate_phantoms(model: Model, split: str, seed: int, count: int, steps: Sequence[int] | None) -> dict[str, Any]:
+    """Exact-match accuracy over `count` fresh phantoms, for each k of `steps` (None: the checkpoint's default).
+
+    The last k is reported per question type, modality and chain length, beside the share of the most common answer of
+    each type, and once more with every question asked about the next phantom's image ("shuffled").
+    """
+    if count < 2:
+        raise VitalError(f"count: expected at least 2 phantoms, got {count}")
+    ks = list(steps) if steps else [model.checkpoint.vital.k]
+    by_k = {}
+    for k in ks:
+        outcomes = list(ask_all(model, split, seed, count, k, shift=0))
+        by_k[k] = _closed(outcomes)
+    shuffled = _closed(list(ask_all(model, split, seed, count, ks[-1], shift=1)))
+    closed = by_k[ks[-1]]
+    majority = majority_of_type(closed)
+    return {
+        "split": split,
+        "seed": seed,
+        "phantoms": count,
+        "k": ks[-1],
+        "closed_questions": len(closed),
+        "accuracy": accuracy(closed),
+        "majority_accuracy": sum(majority[o.sample.question_type][1] for o in closed) / len(closed),
+        "shuffled_accuracy": accuracy(shuffled),
+        "describe_accuracy": accuracy([o for o in outcomes if not o.sample.closed]),
+        "by_k": {k: accuracy(found) for k, found in by_k.items()},
+        "by_k_and_type": {k: group_accuracy(found, _type) for k, found in by_k.items()},
+        "by_type": group_accuracy(closed, _type),
+        "by_type_shuffled": group_accuracy(shuffled, _type),
+        "majority_of_type": {name: {"answer": a, "share": s} for name, (a, s) in majority.items()},
+        "by_modality": group_accuracy(closed, _modality),
+        "by_chain_length": group_accuracy(closed, _chain_length),
+    }
+
+
+def ask_all(model: Model, split: str, seed: int, count: int, k: int, shift: int) -> Iterator[Outcome]:
+    """Every question of every phantom, asked about the image of the phantom `shift` places further on."""
+    first_of_chunk = range(0, count, PHANTOMS_AT_A_TIME)
+    for first in track(first_of_chunk, f"k={k}, shuffled" if shift else f"k={k}", console=Console(stderr=True)):
+        indices = range(first, min(first + PHANTOMS_AT_A_TIME, count))
+        asked: list[tuple[Phantom, Sample]] = []
+        requests = []
+        for index in indices:
+            phantom = draw_phantom(split, seed, index)
+            shown = phantom if shift == 0 else draw_phantom(split, seed, (index + shift) % count)
+            for sample in ask(phantom):
+                asked.append((phantom, sample))
+                requests.append(Request(shown.image, sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS))
+        answers = model.generate_batch(requests)
+        for (phantom, sample), answer in zip(asked, answers, strict=True):
+            yield Outcome(sample, phantom.modality, answer.text)
+
+
+def majority_of_type(outcomes: Sequence[Outcome]) -> dict[str, tuple[str, float]]:
+    """Per question type: its most common answer and that answer's share."""
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for outcome in outcomes:
+        answers[outcome.sample.question_type][normalise(outcome.sample.answer)] += 1
+    common = {name: counts.most_common(1)[0] for name, counts in answers.items()}
+    return {name: (answer, count / answers[name].total()) for name, (answer, count) in common.items()}
+
+
+def accuracy(outcomes: Sequence[Outcome]) -> float:
+    return sum(outcome.is_right for outcome in outcomes) / len(outcomes) if outcomes else float("nan")
+
+
+def group_accuracy(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -> dict[str, dict[str, float]]:
+    groups: defaultdict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        groups[key(outcome)].append(outcome)
+    return {name: {"accuracy": accuracy(found), "questions": len(found)} for name, found in sorted(groups.items())}
+
+
+def print_report(report: dict[str, Any]) -> None:
+    console = Console()
+    console.print(
+        f"{report['phantoms']} {report['split']} phantoms, seed {report['seed']}, k={report['k']}: "
+        f"{report['accuracy']:.1%} of {report['closed_questions']} closed questions right "
+        f"(most common answer per type {report['majority_accuracy']:.1%}, images shuffled "
+        f"{report['shuffled_accuracy']:.1%}; open descriptions word for word {report['describe_accuracy']:.1%})"
+    )
+    table = Table("question type", *(f"k={k}" for k in report["by_k"]), "shuffled", "most common answer", "questions")
+    for name, group in report["by_type"].items():
+        per_k = [f"{groups[name]['accuracy']:.1%}" for groups in report["by_k_and_type"].values()]
+        majority = report["majority_of_type"][name]
+        shuffled = f"{report['by_type_shuffled'][name]['accuracy']:.1%}"
+        table.add_row(
+            name, *per_k, shuffled, f"{majority['share']:.1%} ({majority['answer']})", str(group["questions"])
+        )
+    overall = [f"{value:.1%}" for value in report["by_k"].values()]
+    summary = (f"{report['shuffled_accuracy']:.1%}", f"{report['majority_accuracy']:.1%}")
+    table.add_row("all", *overall, *summary, str(report["closed_questions"]), style="bold")
+    console.print(table)
+    for title, key in (("modality", "by_modality"), ("chain length", "by_chain_length")):
+        table = Table(title, f"k={report['k']}", "questions")
+        for name, group in report[key].items():
+            table.add_row(name, f"{group['accuracy']:.1%}", str(group["questions"]))
+        console.print(table)
+
+
+def _closed(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in outcomes if outcome.sample.closed]
+
+
+def _type(outcome: Outcome) -> str:
+    return outcome.sample.question_type
+
+
+def _modality(outcome: Outcome) -> str:
+    return outcome.modality
+
+
+def _chain_length(outcome: Outcome) -> str:
+    return str(outcome.sample.num_steps)

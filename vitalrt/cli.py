@@ -1,0 +1,312 @@
+"""The command line: one thin function per verb. Answers go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from vitalrt.errors import VitalError
+
+if TYPE_CHECKING:
+    from vitalrt.api import Model
+    from vitalrt.engine.request import Answer, Request
+    from vitalrt.inputs.options import ReadOptions
+
+# Verbs import what they need when they run: `vitalrt --help` should not wait for torch.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 an error that the caller can mend, 2 wrong usage, 130 interrupted."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except VitalError as error:
+        if arguments.debug:
+            raise
+        print(f"vitalrt: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("vitalrt: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def ask(arguments: argparse.Namespace) -> None:
+    """One question about one or several images, or a file of them."""
+    if (arguments.batch is None) == (len(arguments.words) < 2):
+        raise VitalError("ask: expected either IMAGE [IMAGE ...] QUESTION or --batch FILE.jsonl")
+    if arguments.batch:
+        requests = _read_batch(arguments)
+    else:
+        requests = [_request(arguments, arguments.words[:-1], arguments.words[-1])]
+    model = _load(arguments)
+    answers = model.generate_batch(requests)
+    for request, answer in zip(requests, answers, strict=True):
+        if arguments.json or arguments.batch:
+            print(json.dumps(_answer_record(request, answer)))
+        else:
+            _print_answer(request, answer)
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """What is loaded, what it needs, which backends were found and why others were not."""
+    from vitalrt.describe import describe_machine, describe_model
+
+    report: dict[str, Any] = {"machine": describe_machine(), "model": describe_model(_load(arguments))}
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    console = Console()
+    for section, values in report.items():
+        console.print(f"[bold]{section}[/bold]")
+        for name, value in values.items():
+            console.print(f"  {name:<22}{value}", highlight=False)
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """Latency of K = 0, 1, 2, 4 and of explicit chain of thought, interleaved in one run."""
+    from vitalrt.latency import measure_latency, print_latency
+
+    report = measure_latency(_load(arguments), _demo_image(arguments), arguments.question, rounds=arguments.rounds)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_latency(report)
+
+
+def data_phantom(arguments: argparse.Namespace) -> None:
+    """Write phantoms as PNG, masks, JSONL and Parquet."""
+    with _needs("data"):
+        from vitalrt_training.data.phantom import write_phantoms
+    write_phantoms(arguments.out, arguments.split, arguments.seed, arguments.count)
+    print(json.dumps({"out": str(arguments.out), "phantoms": arguments.count}) if arguments.json else arguments.out)
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train a recipe; run again with the same --out to go on after an interruption."""
+    with _needs("train"):
+        from vitalrt_training.recipes import RECIPES
+        from vitalrt_training.trainer import train as run_training
+    if arguments.recipe not in RECIPES:
+        raise VitalError(f"recipe: expected one of {sorted(RECIPES)}, got {arguments.recipe!r}")
+    settings = dict(_setting(text) for text in arguments.set)
+    directory = run_training(RECIPES[arguments.recipe]().with_settings(settings), arguments.out)
+    print(json.dumps({"model": str(directory)}) if arguments.json else directory)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Accuracy on fresh phantoms, beside the majority answer and with images shuffled among questions."""
+    with _needs("train"):
+        from vitalrt_training.evaluate import evaluate_phantoms, print_report
+    report = evaluate_phantoms(_load(arguments), arguments.split, arguments.seed, arguments.count, arguments.k)
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vitalrt",
+        description="Latent reasoning for medical images. Research use only, not for clinical decisions.",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "ask", ask)
+    verb.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="PNG, JPEG, TIFF, DICOM or NIfTI files")
+    verb.add_argument(
+        "--batch", type=Path, metavar="FILE.jsonl", help='lines like {"image": ..., "question": ..., "k": 2}'
+    )
+    _add_decoding(verb)
+    _add_reading(verb)
+    _add_model(verb)
+
+    _add_model(_verb(verbs, "info", info))
+
+    verb = _verb(verbs, "bench", bench)
+    verb.add_argument("--image", type=Path, help="default: a phantom drawn for the purpose")
+    verb.add_argument("--question", default="Is the liver visible?")
+    verb.add_argument("--rounds", type=int, default=5)
+    _add_model(verb)
+
+    kinds = verbs.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="KIND")
+    verb = _verb(kinds, "phantom", data_phantom)
+    _add_phantoms(verb, split="train", seed=0, count=1000)
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    verb = _verb(verbs, "train", train)
+    verb.add_argument("recipe", metavar="RECIPE", help="phantom")
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe"
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    verb = _verb(verbs, "eval", evaluate)
+    _add_phantoms(verb, split="test", seed=0, count=2000)
+    verb.add_argument(
+        "-k", type=int, action="append", help="latent steps, may be repeated; the last is reported in full"
+    )
+    _add_model(verb)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
+    verb.set_defaults(run=run)
+    verb.add_argument("--json", action="store_true", help="print JSON")
+    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return verb
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--model", metavar="DIR", help="Hugging Face Qwen3-VL directory or hub id; default: the bundled one"
+    )
+    verb.add_argument("--adapter", metavar="DIR", help="PEFT LoRA directory or hub id, merged while loading")
+    verb.add_argument("--device", default="auto")
+    verb.add_argument("--dtype", default="auto")
+    verb.add_argument("--cache-tokens", type=int, help="capacity of the KV cache in tokens")
+
+
+def _add_decoding(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-k", type=int, help="latent steps, 0..64; default: the checkpoint's")
+    verb.add_argument("--max-new-tokens", type=int, default=64)
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--top-k", type=int, default=0)
+    verb.add_argument("--seed", type=int)
+
+
+def _add_reading(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--frame", type=int, help="frame of a DICOM file or page of a TIFF")
+    verb.add_argument("--slice", type=int, dest="slice_index", help="slice of a NIfTI volume; default: the middle one")
+    verb.add_argument("--axis", type=int, default=2, help="0 sagittal, 1 coronal, 2 axial")
+    verb.add_argument("--window", metavar="CENTER,WIDTH", help="grey window, or the index of a DICOM file's own view")
+
+
+def _add_phantoms(verb: argparse.ArgumentParser, split: str, seed: int, count: int) -> None:
+    verb.add_argument("--split", default=split, choices=("train", "validation", "test"))
+    verb.add_argument("--seed", type=int, default=seed)
+    verb.add_argument("--count", type=int, default=count)
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    """With a progress bar on a terminal, once loading takes long enough to wonder."""
+    from rich.progress import Progress
+
+    from vitalrt.api import BUNDLED, load
+
+    where = {"adapter": arguments.adapter, "device": arguments.device, "dtype": arguments.dtype}
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading weights")
+        return load(
+            arguments.model or BUNDLED,
+            **where,
+            cache_tokens=arguments.cache_tokens,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _read_options(arguments: argparse.Namespace) -> ReadOptions:
+    from vitalrt.inputs.options import ReadOptions
+
+    window: int | tuple[float, float] | None = None
+    if arguments.window is not None:
+        try:
+            parts = [float(part) for part in arguments.window.split(",")]
+        except ValueError:
+            parts = []
+        if len(parts) not in (1, 2):
+            raise VitalError(f"--window: expected CENTER,WIDTH or an index, got {arguments.window!r}")
+        window = (parts[0], parts[1]) if len(parts) == 2 else int(parts[0])
+    return ReadOptions(frame=arguments.frame, slice_index=arguments.slice_index, axis=arguments.axis, window=window)
+
+
+def _request(arguments: argparse.Namespace, image: Any, question: str, k: int | None = None) -> Request:
+    from vitalrt.engine.request import Request
+
+    return Request(
+        image,
+        question,
+        k=arguments.k if k is None else k,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        seed=arguments.seed,
+        read=_read_options(arguments),
+    )
+
+
+def _read_batch(arguments: argparse.Namespace) -> list[Request]:
+    requests = []
+    try:
+        lines = arguments.batch.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VitalError(f"--batch: {arguments.batch.name} cannot be read ({type(error).__name__})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            image, question, k = record["image"], record["question"], record.get("k")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            expected = 'expected {"image": ..., "question": ...}'
+            raise VitalError(f"--batch: {arguments.batch.name} line {number}: {expected}") from error
+        requests.append(_request(arguments, image, question, k))
+    return requests
+
+
+def _answer_record(request: Request, answer: Answer) -> dict[str, Any]:
+    images = request.image if isinstance(request.image, list) else [request.image]
+    return {
+        "images": [str(image) for image in images],
+        "question": request.question,
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "usage": asdict(answer.usage),
+        "timings_ms": asdict(answer.timings),
+        "notice": answer.notice,
+    }
+
+
+def _print_answer(request: Request, answer: Answer) -> None:
+    timings = answer.timings
+    parts = ("preprocess", "prefill", "latent", "decode", "total")
+    print(f"Question      {request.question}")
+    print(f"Answer        {answer.text}")
+    print(f"Latent steps  {answer.usage.latent_steps}")
+    print(f"Tokens        {answer.usage.prompt_tokens} prompt, {answer.usage.completion_tokens} answer")
+    print("Timings (ms)  " + ", ".join(f"{part} {getattr(timings, part):.1f}" for part in parts))
+    print(f"              {answer.notice}")
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise VitalError(f"--set: expected KEY=VALUE, got {text!r}")
+    return name, value
+
+
+@contextmanager
+def _needs(extra: str) -> Iterator[None]:
+    """Say how to install a missing optional package; a package that is there but broken raises as it is."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("vitalrt"):
+            raise
+        raise VitalError(f"{error.name} is not installed; run: pip install 'vitalrt[{extra}]'") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
