@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-import vitalrt
 from transformers import Qwen3VLForConditionalGeneration
+
+import vitalrt
 from vitalrt.errors import VitalError
 from vitalrt_training import trainer
 from vitalrt_training.data.batches import PhantomBatches
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.latent_loop import answer_logits
 from vitalrt_training.recipes import phantom
+from vitalrt_training.vision_warmup import NUM_CLASSES, class_shares
 
 TINY = replace(
-    phantom(), steps=5, images_per_batch=2, tokenizer_images=20, validation_images=2, checkpoint_every=2, threads=1
+    phantom(),
+    vision_steps=3,
+    vision_images_per_batch=2,
+    steps=5,
+    images_per_batch=2,
+    tokenizer_images=20,
+    validation_images=2,
+    checkpoint_every=2,
+    threads=1,
 )
 
 
@@ -29,18 +40,20 @@ def finished_run(tmp_path_factory):
 
 
 def losses(run_dir):
-    return [json.loads(line)["loss"] for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [(record["stage"], record["step"], record["loss"]) for record in records]
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(finished_run, tmp_path, monkeypatch):
-    draw = PhantomBatches.draw
+@pytest.mark.parametrize("interrupted_stage", ["vision", "loop"])
+def test_an_interrupted_run_goes_on_bit_for_bit(finished_run, tmp_path, monkeypatch, interrupted_stage):
+    do_step = trainer._step
 
-    def fail_at_step_3(self, index):
-        if index == 3:
+    def fail_late(stage, optimizer, recipe, step, state_path):
+        if stage.name == interrupted_stage and step == stage.steps - 1:
             raise KeyboardInterrupt
-        return draw(self, index)
+        return do_step(stage, optimizer, recipe, step, state_path)
 
-    monkeypatch.setattr(PhantomBatches, "draw", fail_at_step_3)
+    monkeypatch.setattr(trainer, "_step", fail_late)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(TINY, tmp_path)
     monkeypatch.undo()
@@ -60,7 +73,7 @@ def test_another_recipe_does_not_overwrite_a_run(finished_run):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "task_loss", lambda model, batch, k: model.lm_head.weight.sum() * float("nan"))
-    with pytest.raises(VitalError, match="step 0"):
+    with pytest.raises(VitalError, match="step 0 of stage loop"):
         trainer.train(TINY, tmp_path)
 
 
@@ -103,3 +116,13 @@ def test_gradients_flow_through_every_latent(finished_run):
     logits, latents = answer_logits(model, batch, k=3)
     gradients = torch.autograd.grad(logits[:, 0].sum(), latents)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_class_shares_cover_each_square_once_and_follow_the_masks(finished_run):
+    phantom = next(p for p in (draw_phantom("test", 2, index) for index in range(50)) if p.targets)
+    grid = (1, 12, 12)
+    shares = class_shares(phantom, grid, merge=2)
+    assert shares.shape == (36, NUM_CLASSES)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(36))
+    covered = np.logical_or.reduce([target.mask for target in phantom.targets]).mean()
+    assert abs(1 - shares[:, 0].mean() - covered) < 0.02

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfi
 PATCH_SIZE = 8
 MERGE_SIZE = 2
 IMAGE_PIXELS = 96 * 96
+INITIALIZER_RANGE = 0.05  # near 1 / sqrt(width): Qwen's 0.02 suits widths in the thousands
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "processor_class": "Qwen3VLProcessor",
@@ -35,6 +36,7 @@ def phantom_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "num_key_value_heads": 2,
             "head_dim": 32,
             "max_position_embeddings": 4096,
+            "initializer_range": INITIALIZER_RANGE,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
@@ -54,6 +56,7 @@ def phantom_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
             "temporal_patch_size": 2,
             "out_hidden_size": 192,
             "num_position_embeddings": 144,
+            "initializer_range": INITIALIZER_RANGE,
             "deepstack_visual_indexes": [1, 2],
         },
         image_token_id=vocabulary["<|image_pad|>"],

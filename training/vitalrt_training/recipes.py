@@ -11,15 +11,19 @@ from vitalrt.errors import VitalError
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run on phantoms, from scratch, with the latent loop in the graph.
+    """A training run on phantoms from scratch: the vision tower on masks, then everything with the latent loop.
 
-    steps: optimiser steps.  images_per_batch: fresh phantoms per step, each with all its questions.
+    vision_steps, steps: optimiser steps of the two stages, each with its own warm-up and cosine decay.
+    images_per_batch: fresh phantoms per step, in the second stage each with all its questions.
     k_weights: how often a step uses k = 0, 1, 2, ... latent steps, so that one checkpoint serves every k.
     default_k: written to vital.json.  tokenizer_images: phantoms whose text the tokenizer is learnt from.
     checkpoint_every, validate_every: in steps.  threads: of torch on the CPU; part of what makes a run repeatable.
     """
 
     seed: int
+    vision_steps: int
+    vision_images_per_batch: int
+    vision_learning_rate: float
     steps: int
     images_per_batch: int
     learning_rate: float
@@ -36,7 +40,16 @@ class Recipe:
     threads: int
 
     def __post_init__(self) -> None:
-        for name in ("steps", "images_per_batch", "checkpoint_every", "validate_every", "threads", "tokenizer_images"):
+        for name in (
+            "vision_steps",
+            "vision_images_per_batch",
+            "steps",
+            "images_per_batch",
+            "checkpoint_every",
+            "validate_every",
+            "threads",
+            "tokenizer_images",
+        ):
             if getattr(self, name) < 1:
                 raise VitalError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 1 <= len(self.k_weights) <= MAX_LATENT_STEPS + 1 or sum(self.k_weights) <= 0 or min(self.k_weights) < 0:
@@ -63,7 +76,10 @@ def phantom() -> Recipe:
     """The bundled checkpoint: about an hour on two CPU cores."""
     return Recipe(
         seed=0,
-        steps=2600,
+        vision_steps=300,
+        vision_images_per_batch=48,
+        vision_learning_rate=2e-3,
+        steps=2400,
         images_per_batch=16,
         learning_rate=1e-3,
         warmup_steps=100,

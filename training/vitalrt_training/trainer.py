@@ -10,60 +10,107 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from vitalrt.errors import VitalError
+from vitalrt.inputs.processor import PatchOptions
 from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.batches import Batch, PhantomBatches
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.latent_loop import answer_logits, task_loss
 from vitalrt_training.recipes import Recipe
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
+from vitalrt_training.vision_warmup import SegmentingTower, segmentation_loss
 
-TOKENIZER_SEED = 1_000_003  # apart from the training seed: its phantoms are of the training split, but their own
+# The tokenizer and the vision stage draw training phantoms of their own.
+TOKENIZER_SEED = 1_000_003
+VISION_SEED = 2_000_003
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run. loss_of(step) also returns what to log of the step; validate() what to log now and then."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    module: nn.Module
+    loss_of: Callable[[int], tuple[torch.Tensor, dict[str, Any]]]
+    validate: Callable[[], dict[str, float]]
 
 
 def train(recipe: Recipe, run_dir: Path) -> Path:
     """Train, or go on training, in run_dir; returns the checkpoint directory run_dir/model.
 
-    run_dir holds recipe.json, log.jsonl (a line per step), state.pt (weights and optimiser, replaced atomically) and,
-    when done, model/.  Raises VitalError if run_dir belongs to another recipe, or if the loss stops being finite.
+    run_dir holds recipe.json, log.jsonl (a line per step), a state per stage (weights and optimiser, replaced
+    atomically) and, when done, model/.  Raises VitalError if run_dir belongs to another recipe, or if the loss stops
+    being finite.
     """
     torch.set_num_threads(recipe.threads)
     base_dir = _prepare(recipe, run_dir)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir)
     model = new_backbone(phantom_config(tokenizer), recipe.seed)
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, recipe), lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True
-    )
-    state_path = run_dir / "state.pt"
-    first_step = _restore(state_path, model, optimizer)
-    _trim_log(run_dir / "log.jsonl", first_step)
+    for stage in (_vision_stage(recipe, model, base_dir), _loop_stage(recipe, model, base_dir)):
+        _run_stage(stage, recipe, run_dir)
+    return _export(model, recipe, base_dir, run_dir)
+
+
+def _vision_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+    tower = SegmentingTower(model)
+    options = PatchOptions.from_directory(base_dir)
+    count = recipe.vision_images_per_batch
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        phantoms = [draw_phantom("train", VISION_SEED + recipe.seed, step * count + i) for i in range(count)]
+        return segmentation_loss(tower, phantoms, options), {"samples": count}
+
+    return Stage("vision", recipe.vision_steps, recipe.vision_learning_rate, tower, loss_of, dict)
+
+
+def _loop_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
     batches = PhantomBatches(base_dir, recipe.seed, recipe.images_per_batch)
-    validation = _validation_batch(batches, recipe)
+    phantoms = [draw_phantom("validation", recipe.seed, index) for index in range(recipe.validation_images)]
+    validation = batches.collate([(phantom, ask(phantom)) for phantom in phantoms])
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        k = draw_k(recipe, step)
+        batch = batches.draw(step)
+        return task_loss(model, batch, k), {"k": k, "samples": len(batch.input_ids)}
+
+    def validate() -> dict[str, float]:
+        return {"validation_exact": exact_share(model, validation, recipe.default_k)}
+
+    return Stage("loop", recipe.steps, recipe.learning_rate, model, loss_of, validate)
+
+
+def _run_stage(stage: Stage, recipe: Recipe, run_dir: Path) -> None:
+    optimizer = torch.optim.AdamW(_parameter_groups(stage.module, recipe), betas=(0.9, 0.98), fused=True)
+    state_path = run_dir / f"{stage.name}.pt"
+    first_step = _restore(state_path, stage.module, optimizer)
+    _trim_log(run_dir / "log.jsonl", stage.name, first_step)
     with _progress_bar() as bar, (run_dir / "log.jsonl").open("a") as log:
-        task = bar.add_task("training", total=recipe.steps, completed=first_step, status="")
-        for step in range(first_step, recipe.steps):
+        task = bar.add_task(stage.name, total=stage.steps, completed=first_step, status="")
+        for step in range(first_step, stage.steps):
             started = time.perf_counter()
-            k = draw_k(recipe, step)
-            record = _step(model, optimizer, recipe, batches.draw(step), step, k, state_path)
+            record = {"stage": stage.name, "step": step, **_step(stage, optimizer, recipe, step, state_path)}
             record["seconds"] = round(time.perf_counter() - started, 3)
-            if (step + 1) % recipe.validate_every == 0 or step + 1 == recipe.steps:
-                record["validation_exact"] = exact_share(model, validation, recipe.default_k)
+            if (step + 1) % recipe.validate_every == 0 or step + 1 == stage.steps:
+                record |= stage.validate()
             log.write(json.dumps(record) + "\n")
             log.flush()
-            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == recipe.steps:
-                _save_state(state_path, model, optimizer, step + 1)
+            if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stage.steps:
+                _save_state(state_path, stage.module, optimizer, step + 1)
             status = f"loss {record['loss']:.3f}  {record['samples'] / record['seconds']:.0f} samples/s"
             bar.update(task, advance=1, status=status)
-    return _export(model, recipe, base_dir, run_dir)
 
 
 def draw_k(recipe: Recipe, step: int) -> int:
@@ -71,12 +118,12 @@ def draw_k(recipe: Recipe, step: int) -> int:
     return int(np.random.default_rng((recipe.seed, step)).choice(len(weights), p=weights / weights.sum()))
 
 
-def learning_rate(recipe: Recipe, step: int) -> float:
+def learning_rate(stage: Stage, recipe: Recipe, step: int) -> float:
     """Linear warm-up, then half a cosine down to nothing."""
     if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return stage.learning_rate * (step + 1) / recipe.warmup_steps
+    progress = (step - recipe.warmup_steps) / max(1, stage.steps - recipe.warmup_steps)
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @torch.no_grad()
@@ -88,35 +135,22 @@ def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) ->
 
 
 def _step(
-    model: Qwen3VLForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    batch: Batch,
-    step: int,
-    k: int,
-    state_path: Path,
+    stage: Stage, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, state_path: Path
 ) -> dict[str, Any]:
-    rate = learning_rate(recipe, step)
+    rate = learning_rate(stage, recipe, step)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    loss = task_loss(model, batch, k)
+    loss, record = stage.loss_of(step)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(stage.module.parameters(), recipe.max_grad_norm)
     if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
         raise VitalError(
-            f"training: loss {loss.item()}, gradient norm {norm.item()} at step {step} (phantoms from index "
-            f"{step * recipe.images_per_batch}, seed {recipe.seed}); the last good state is {state_path}"
+            f"training: loss {loss.item()}, gradient norm {norm.item()} at step {step} of stage {stage.name} "
+            f"(seed {recipe.seed}); the last good state, if any, is {state_path}"
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {
-        "step": step,
-        "k": k,
-        "loss": loss.item(),
-        "grad_norm": norm.item(),
-        "learning_rate": rate,
-        "samples": len(batch.input_ids),
-    }
+    return record | {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate}
 
 
 def _prepare(recipe: Recipe, run_dir: Path) -> Path:
@@ -145,43 +179,37 @@ def _prepare(recipe: Recipe, run_dir: Path) -> Path:
     return base_dir
 
 
-def _parameter_groups(model: Qwen3VLForConditionalGeneration, recipe: Recipe) -> list[dict[str, Any]]:
+def _parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     """Weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(module.parameters())
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-def _validation_batch(batches: PhantomBatches, recipe: Recipe) -> Batch:
-    phantoms = [draw_phantom("validation", recipe.seed, index) for index in range(recipe.validation_images)]
-    return batches.collate([(phantom, ask(phantom)) for phantom in phantoms])
-
-
-def _save_state(
-    path: Path, model: Qwen3VLForConditionalGeneration, optimizer: torch.optim.Optimizer, step: int
-) -> None:
+def _save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     partial = path.with_suffix(".partial")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
+    torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
     os.replace(partial, path)
 
 
-def _restore(path: Path, model: Qwen3VLForConditionalGeneration, optimizer: torch.optim.Optimizer) -> int:
+def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Step to go on from."""
     if not path.is_file():
         return 0
     state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
+    module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
 
 
-def _trim_log(path: Path, first_step: int) -> None:
+def _trim_log(path: Path, stage: str, first_step: int) -> None:
     """Drop the lines of steps that will be done again."""
     if path.is_file():
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if json.loads(line)["step"] < first_step]
+        records = [json.loads(line) for line in lines]
+        kept = [ln for ln, r in zip(lines, records, strict=True) if r["stage"] != stage or r["step"] < first_step]
         _write_atomically(path, "".join(line + "\n" for line in kept))
 
 

@@ -1,8 +1,8 @@
 """Question and pictures to a Prompt: chat template, tokens, resizing, patches.
 
-Gives what transformers' Qwen3-VL processor gives with its Pillow image backend: the same ids and grids, and patches that
-agree to 1e-5. (Its torchvision backend resizes with another bicubic filter, one or two of 255 grey levels apart in a
-few pixels.)
+Gives what transformers' Qwen3-VL processor gives with its Pillow image backend: the same ids and grids, and patches
+that agree to 1e-5. (Its torchvision backend resizes with another bicubic filter, one or two of 255 grey levels apart in
+a few pixels.)
 
 H, W pixels; T tokens; P patches.
 """
@@ -61,7 +61,8 @@ class PatchOptions:
                 std=tuple(config["image_std"]),
             )
         except FileNotFoundError as error:
-            raise CheckpointError(f"model: {directory} has no preprocessor_config.json, needed to read images") from error
+            missing = "preprocessor_config.json, needed to read images"
+            raise CheckpointError(f"model: {directory} has no {missing}") from error
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"model: {path} lacks or garbles {error} for image preprocessing") from error
 
@@ -69,7 +70,7 @@ class PatchOptions:
 def fit_size(height: int, width: int, options: PatchOptions) -> tuple[int, int]:
     """(H, W) after resizing: multiples of patch_size * merge_size, area within bounds, aspect ratio nearly kept."""
     if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise InputError(f"image: expected an aspect ratio of at most {MAX_ASPECT_RATIO}, got {height} x {width} pixels")
+        raise InputError(f"image: expected an aspect ratio up to {MAX_ASPECT_RATIO}, got {height} x {width} pixels")
     factor = options.patch_size * options.merge_size
     fitted_height, fitted_width = round(height / factor) * factor, round(width / factor) * factor
     if fitted_height * fitted_width > options.max_pixels:
@@ -89,7 +90,7 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, tup
     pixels: uint8 [H, W, 3].  Returns float32 [P, 3 * temporal * patch * patch], patches in merge-block order (the
     merge x merge patches of one visual token are neighbours), and the grid (1, H / patch, W / patch).
     """
-    height, width = fit_size(*pixels.shape[:2], options)
+    height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
     scale = np.asarray([1 / (255 * std) for std in options.std], np.float32)
     offset = np.asarray([mean / std for mean, std in zip(options.mean, options.std, strict=True)], np.float32)
@@ -112,11 +113,12 @@ class Processor:
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"model: {directory} has no usable tokenizer files ({error})".splitlines()[0]) from error
+            reason = str(error).partition("\n")[0]
+            raise CheckpointError(f"model: {directory} has no usable tokenizer files ({reason})") from error
         self.chat_template = _chat_template(directory, self.tokenizer)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
-    def prepare(self, image: Any, question: str, options: ReadOptions = ReadOptions()) -> Prompt:
+    def prepare(self, image: Any, question: str, options: ReadOptions) -> Prompt:
         """image: anything read_image takes, a list of such, or None.  Raises InputError."""
         started = time.perf_counter()
         if not isinstance(question, str) or not question.strip():
@@ -146,10 +148,10 @@ class Processor:
             add_generation_prompt=True,
             tokenize=False,
         )
-        # The question may itself spell the placeholder; only the template's own, which come first, are pictures.
         parts = text.split(IMAGE_TOKEN)
         if len(parts) != len(grids) + 1:
-            raise InputError(f"question: expected no {IMAGE_TOKEN} token in the text, got {len(parts) - 1 - len(grids)}")
+            num_extra = len(parts) - 1 - len(grids)
+            raise InputError(f"question: expected no {IMAGE_TOKEN} token in the text, got {num_extra}")
         for index, (time_, height, width) in enumerate(grids):
             num_tokens = time_ * height * width // self.patch_options.merge_size**2
             parts[index] += IMAGE_TOKEN * num_tokens
@@ -160,7 +162,7 @@ class Processor:
 
     def _digest(self, pixels: np.ndarray) -> bytes:
         digest = hashlib.sha256(json.dumps([pixels.shape, asdict(self.patch_options)]).encode())
-        digest.update(np.ascontiguousarray(pixels))
+        digest.update(np.ascontiguousarray(pixels).data)
         return digest.digest()
 
 

@@ -68,10 +68,7 @@ class Prompt:
 
 
 def _token_ids(input_ids: Any) -> torch.Tensor:
-    try:
-        ids = torch.as_tensor(input_ids).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"input_ids: expected integers [T], got {type(input_ids).__name__}") from error
+    ids = _tensor("input_ids", input_ids, "integers [T]")
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
@@ -81,14 +78,21 @@ def _token_ids(input_ids: Any) -> torch.Tensor:
     return ids.to("cpu", torch.int64)
 
 
+def _tensor(name: str, value: Any, expected: str) -> torch.Tensor:
+    try:
+        return torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{name}: expected {expected}, got {type(value).__name__}") from error
+
+
 def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if (pixel_values is None) != (image_grid_thw is None):
         given = "pixel_values" if image_grid_thw is None else "image_grid_thw"
         raise InputError(f"pixel_values and image_grid_thw: expected both or neither, got only {given}")
     if pixel_values is None:
         return None, None
-    pixels = torch.as_tensor(pixel_values).detach()
-    grid = torch.as_tensor(image_grid_thw).detach().to("cpu", torch.int64)
+    pixels = _tensor("pixel_values", pixel_values, "floats [patches, dim]")
+    grid = _tensor("image_grid_thw", image_grid_thw, "integers [images, 3]").to("cpu", torch.int64)
     if pixels.ndim != 2 or not pixels.is_floating_point():
         raise InputError(
             f"pixel_values: expected floats [patches, dim], got {pixels.dtype} of shape {list(pixels.shape)}"

@@ -1,0 +1,66 @@
+"""Teach the vision tower to see before anyone asks it questions.
+
+A tower that starts from noise learns slowly from answers of one or two tokens. Masks say far more per image: each
+visual token predicts which targets cover its square, from the merged features and from every deepstack level. The
+linear heads that read the prediction are dropped afterwards.
+
+P patches, V visual tokens, d decoder width, C classes (background first).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, interpolate
+from transformers import Qwen3VLForConditionalGeneration
+
+from vitalrt.inputs.processor import PatchOptions, patchify
+from vitalrt.model.rope import Grid
+from vitalrt_training.data.modalities import KINDS
+from vitalrt_training.data.phantom import Phantom
+
+CLASS_OF_NAME = {name: index for index, name in enumerate(KINDS, start=1)}
+NUM_CLASSES = 1 + len(CLASS_OF_NAME)
+
+
+class SegmentingTower(nn.Module):
+    """The model's own tower with one linear head on each of its outputs."""
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration) -> None:
+        super().__init__()
+        self.tower = model.model.visual
+        width = model.config.get_text_config().hidden_size
+        num_outputs = 1 + len(self.tower.deepstack_visual_indexes)
+        self.heads = nn.ModuleList([nn.Linear(width, NUM_CLASSES) for _ in range(num_outputs)])
+
+    def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
+        """pixel_values: [P, patch_dim].  Returns logits [V, C] per output."""
+        encoded = self.tower(pixel_values, grid_thw=grid_thw)
+        features = (encoded.pooler_output, *encoded.deepstack_features)
+        return [head(output) for head, output in zip(self.heads, features, strict=True)]
+
+
+def segmentation_loss(tower: SegmentingTower, phantoms: Sequence[Phantom], options: PatchOptions) -> torch.Tensor:
+    """Cross entropy between predicted classes and the share of each visual token's square that a target covers."""
+    patches, grids, shares = [], [], []
+    for phantom in phantoms:
+        values, grid = patchify(phantom.image, options)
+        patches.append(values)
+        grids.append(grid)
+        shares.append(class_shares(phantom, grid, options.merge_size))
+    targets = torch.cat(shares)
+    outputs = tower(torch.from_numpy(np.concatenate(patches)), torch.tensor(grids))
+    return torch.stack([cross_entropy(logits, targets) for logits in outputs]).mean()
+
+
+def class_shares(phantom: Phantom, grid: Grid, merge: int) -> torch.Tensor:
+    """[V, C], rows sum to 1: the area of each visual token's square by class; of two that overlap the smaller."""
+    labels = np.zeros(phantom.image.shape[:2], np.int64)
+    for target in sorted(phantom.targets, key=lambda target: -target.mask.sum()):
+        labels[target.mask] = CLASS_OF_NAME[target.name]
+    one_hot = torch.nn.functional.one_hot(torch.from_numpy(labels), NUM_CLASSES).permute(2, 0, 1)[None].float()
+    size = (grid[1] // merge, grid[2] // merge)
+    return interpolate(one_hot, size, mode="area")[0].flatten(1).T

@@ -1,0 +1,1 @@
+"""Files, arrays and questions -> what the model reads."""
