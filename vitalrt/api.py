@@ -62,6 +62,7 @@ class Model:
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
         """Answers in the order of the requests. Each may have its own k, length, sampling and images."""
+        _require_list("requests", requests, Request)
         decodings = [self._decoding(request) for request in requests]
         prompts = [self.prepare(request.image, request.question, request.read) for request in requests]
         return self._answers(prompts, decodings, decode=True)
@@ -108,19 +109,15 @@ class Model:
         With return_logits, answer.logits holds what each answer token was chosen from. Text is empty where the
         directory has no tokenizer files.
         """
-        for prompt in prompts:
-            if not isinstance(prompt, Prompt):
-                raise VitalError(f"prompts: expected vitalrt.Prompt, got {type(prompt).__name__}")
-        default = self.checkpoint.vital.k
-        steps = [default if k is None else k] * len(prompts) if k is None or isinstance(k, int) else list(k)
+        _require_list("prompts", prompts, Prompt)
+        k = self.checkpoint.vital.k if k is None else k
+        steps = list(k) if isinstance(k, Sequence) else [k] * len(prompts)
         if len(steps) != len(prompts):
             raise VitalError(f"k: expected one int or {len(prompts)} of them, got {len(steps)}")
         decodings = [Decoding(n, max_new_tokens, temperature, top_p, top_k, seed, return_logits) for n in steps]
         return self._answers(prompts, decodings, decode=has_tokenizer(self.checkpoint.directory))
 
     def _decoding(self, request: Request) -> Decoding:
-        if not isinstance(request, Request):
-            raise VitalError(f"requests: expected vitalrt.Request, got {type(request).__name__}")
         k = self.checkpoint.vital.k if request.k is None else request.k
         return Decoding(k, request.max_new_tokens, request.temperature, request.top_p, request.top_k, request.seed)
 
@@ -134,11 +131,14 @@ class Model:
     def _pieces(self, prompt: Prompt, decoding: Decoding) -> Iterator[str]:
         with self._running([prompt], [decoding]) as [sequence]:
             shown = 0
-            while not sequence.is_finished:
+            is_last = False
+            while not is_last:
                 self.engine.advance()
-                text = self.processor.decode(sequence.token_ids[shown:])
-                if text and (sequence.is_finished or not text.endswith(REPLACEMENT)):
-                    shown = len(sequence.token_ids)
+                # In this order: another thread's step may add tokens, or the last of them, at any moment.
+                is_last, count = sequence.is_finished, len(sequence.token_ids)
+                text = self.processor.decode(sequence.token_ids[shown:count])
+                if text and (is_last or not text.endswith(REPLACEMENT)):
+                    shown = count
                     yield text
 
     @contextmanager
@@ -149,6 +149,8 @@ class Model:
             for prompt, decoding in zip(prompts, decodings, strict=True):
                 running.append(self.engine.submit(prompt, decoding))
             yield running
+            if any(sequence.finish_reason == "cancelled" for sequence in running):
+                raise RuntimeError("a step that this request shared with another thread's failed there")
         finally:
             for sequence in running:
                 self.engine.cancel(sequence)
@@ -206,13 +208,22 @@ def generate(image: Any, question: str, k: int | None = None, model: str | Path 
     return _cached_load(model).generate(image, question, k, **options)
 
 
+def _require_list(name: str, values: Any, kind: type) -> None:
+    if not isinstance(values, Sequence):
+        raise VitalError(f"{name}: expected a list of vitalrt.{kind.__name__}, got {type(values).__name__}")
+    for value in values:
+        if not isinstance(value, kind):
+            raise VitalError(f"{name}: expected vitalrt.{kind.__name__}, got {type(value).__name__}")
+
+
 def stop_ids(checkpoint: Checkpoint) -> set[int]:
     """End tokens: generation_config.json's, else config.json's. Empty only if neither names one."""
     path = checkpoint.directory / "generation_config.json"
     found = read_json(path).get("eos_token_id") if path.is_file() else None
     if found is None:
         config = read_json(checkpoint.directory / "config.json")
-        found = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        own = config.get("eos_token_id")
+        found = config.get("text_config", {}).get("eos_token_id") if own is None else own
     if found is None:
         return set()
     return set(found) if isinstance(found, list) else {found}

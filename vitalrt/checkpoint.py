@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from vitalrt.config import ModelConfig, VitalConfig, read_json
+from vitalrt.config import DecoderConfig, ModelConfig, VitalConfig, read_json
 from vitalrt.errors import CheckpointError
 from vitalrt.model.qwen3_vl import Qwen3VL, weight_sources
 
@@ -55,7 +55,8 @@ def resolve(location: str | Path, argument: str) -> Path:
         return Path(snapshot_download(str(location), allow_patterns=MODEL_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{argument}: no directory {str(location)!r}, and the hub gave no such model: {reason}") from error
+        came = f"no directory {str(location)!r}, and the hub gave no such model: {reason}"
+        raise CheckpointError(f"{argument}: {came}") from error
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -63,7 +64,7 @@ def choose_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise CheckpointError(f"device: expected 'auto', 'cpu' or 'cuda[:n]', got {device!r}") from error
     if chosen.type not in ("cpu", "cuda"):
         raise CheckpointError(f"device: expected 'auto', 'cpu' or 'cuda[:n]', got {device!r}")
@@ -73,7 +74,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device, config: ModelConfig) -> torch.dtype:
-    """"auto" is the checkpoint's own dtype on a GPU and float32 on the CPU, where half precision is slower."""
+    """For "auto" the checkpoint's own dtype on a GPU and float32 on the CPU, where half precision is slower."""
     if isinstance(dtype, torch.dtype):
         name = str(dtype).removeprefix("torch.")
     elif dtype == "auto":
@@ -148,18 +149,13 @@ def load_weights(
     with WeightFiles(checkpoint.directory) as files:
         _check_names(files.names(), {name for _, names in sources for name in names})
         for done, (ours, theirs) in enumerate(sources):
-            shape = parameters[ours].shape
-            filled = torch.empty(shape, dtype=dtype, device=device)
-            row = 0
-            for name in theirs:
+            filled = torch.empty(parameters[ours].shape, dtype=dtype, device=device)
+            parts = filled.split(_rows_of_parts(theirs, len(filled), checkpoint.config.decoder))
+            for name, part in zip(theirs, parts, strict=True):
                 tensor = files.read(name)
                 if lora is not None:
                     tensor = lora.merge(name, tensor)
-                rows = _rows(ours, name, tensor, shape, checkpoint.config)
-                filled[row : row + len(rows)].copy_(rows)
-                row += len(rows)
-            if row != shape[0]:
-                raise CheckpointError(f"model: {', '.join(theirs)}: expected {shape[0]} rows in all, got {row}")
+                part.copy_(_fitted(name, tensor, part.shape))
             _set_parameter(model, ours, filled)
             if progress is not None:
                 progress(done + 1, len(sources))
@@ -170,16 +166,25 @@ def load_weights(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _rows(ours: str, name: str, tensor: torch.Tensor, shape: torch.Size, config: ModelConfig) -> torch.Tensor:
-    """One source tensor in the layout of the parameter that it is a part of."""
-    if ours == "vision.patch_embed.weight":
-        tensor = tensor.flatten(1)
-    elif ours.endswith("qk_norm.weight"):
-        heads = config.decoder.num_attention_heads if "q_norm" in name else config.decoder.num_key_value_heads
-        tensor = tensor.expand(heads, -1)
-    if tensor.shape[1:] != shape[1:] or len(tensor) > shape[0]:
-        raise CheckpointError(f"model: {name}: expected shape {list(shape)} as config.json says, got {list(tensor.shape)}")
-    return tensor
+def _rows_of_parts(sources: tuple[str, ...], num_rows: int, config: DecoderConfig) -> list[int]:
+    """How many of a parameter's rows each of the tensors that are stacked in it fills."""
+    if len(sources) == 2 and "mlp" in sources[0]:
+        return [num_rows // 2] * 2  # gate and up
+    heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads][: len(sources)]
+    return [num_rows * n // sum(heads) for n in heads]
+
+
+def _fitted(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A source tensor in the shape of its part of a parameter."""
+    fitted = tensor
+    if name.endswith("patch_embed.proj.weight") and tensor.ndim == 5:
+        fitted = tensor.flatten(1)
+    elif name.endswith(("q_norm.weight", "k_norm.weight")) and tensor.shape == shape[1:]:
+        fitted = tensor.expand(shape)
+    if fitted.shape != shape:
+        came = f"expected shape {list(shape)} as config.json says, got {list(tensor.shape)}"
+        raise CheckpointError(f"model: {name}: {came}")
+    return fitted
 
 
 def _check_names(present: set[str], needed: set[str]) -> None:
@@ -195,20 +200,24 @@ def _set_parameter(model: nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
 
 
+# adapter_config.json keys that make an adapter more than a sum, and the value with which it is one.
+PLAIN_LORA = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
+
+
 class LoraAdapter:
     """A PEFT LoRA directory. merge() adds scale * B @ A to a base weight (Hu et al. 2021, eq. 3)."""
-
-    UNSUPPORTED = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "modules_to_save": None}
 
     def __init__(self, directory: Path) -> None:
         if not (directory / "adapter_config.json").is_file():
             raise CheckpointError(f"adapter: {directory} has no adapter_config.json (expected a PEFT LoRA directory)")
-        self.config = read_json(directory / "adapter_config.json")
+        self.config = read_json(directory / "adapter_config.json", "adapter")
         if self.config.get("peft_type") != "LORA":
             raise CheckpointError(f"adapter: expected peft_type LORA, got {self.config.get('peft_type')!r}")
-        for key, plain in self.UNSUPPORTED.items():
+        for key, plain in PLAIN_LORA.items():
             if self.config.get(key) not in (plain, None, []):
                 raise CheckpointError(f"adapter: {key}: only {plain!r} can be merged, got {self.config[key]!r}")
+        if "lora_alpha" not in self.config:
+            raise CheckpointError("adapter: adapter_config.json has no lora_alpha")
         path = directory / "adapter_model.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
@@ -229,7 +238,8 @@ class LoraAdapter:
         pair = self._pairs.get(module)
         if pair is None or not name.endswith(".weight"):
             return weight
-        if set(pair) != {"A", "B"} or (len(pair["B"]), pair["A"].shape[1]) != tuple(weight.shape):
+        fits = set(pair) == {"A", "B"} and pair["B"].shape[1] == len(pair["A"])
+        if not fits or (len(pair["B"]), pair["A"].shape[1]) != tuple(weight.shape):
             shapes = {key: list(tensor.shape) for key, tensor in pair.items()}
             raise CheckpointError(f"adapter: {module}: expected lora_A, lora_B for {list(weight.shape)}, got {shapes}")
         self._unmerged.discard(module)
@@ -247,4 +257,3 @@ class LoraAdapter:
                 alpha = value
                 break
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
-

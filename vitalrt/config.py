@@ -86,21 +86,18 @@ class ModelConfig:
         if config.get("model_type") != "qwen3_vl":
             came = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')}"
             raise CheckpointError(f"model: expected {SUPPORTED}; got {came}")
-        text, vision = config["text_config"], config["vision_config"]
-        _require("text_config", text, {"hidden_act": "silu", "attention_bias": False})
-        _require("vision_config", vision, {"hidden_act": "gelu_pytorch_tanh"})
-        # transformers 4 wrote rope_scaling and rope_theta; 5 writes rope_parameters.
-        rope = {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
-        rope |= text.get("rope_parameters") or {}
-        _require("text_config.rope_parameters", rope, {"rope_type": "default"})
         try:
+            text, vision = config["text_config"], config["vision_config"]
+            _require("text_config", text, {"hidden_act": "silu", "attention_bias": False})
+            _require("vision_config", vision, {"hidden_act": "gelu_pytorch_tanh"})
+            # transformers 4 wrote rope_scaling and rope_theta; 5 writes rope_parameters.
+            rope = {"rope_theta": text.get("rope_theta"), **(text.get("rope_scaling") or {})}
+            rope |= text.get("rope_parameters") or {}
+            _require("text_config.rope_parameters", rope, {"rope_type": "default"})
             return cls(
-                vision=VisionConfig(
-                    **{f.name: _plain(vision[f.name]) for f in fields(VisionConfig) if f.name in vision},
-                    **_vision_rope(vision),
-                ),
+                vision=VisionConfig(**_given(VisionConfig, vision, without=("rope_theta",)), **_vision_rope(vision)),
                 decoder=DecoderConfig(
-                    **{f.name: text[f.name] for f in fields(DecoderConfig) if f.name in text and f.name not in _DERIVED},
+                    **_given(DecoderConfig, text, without=("rope_theta", "mrope_section", "tie_word_embeddings")),
                     rope_theta=float(rope["rope_theta"] or 500000.0),
                     mrope_section=tuple(rope.get("mrope_section") or (24, 20, 20)),
                     tie_word_embeddings=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
@@ -113,14 +110,13 @@ class ModelConfig:
             raise CheckpointError(f"model: config.json lacks a field that Qwen3-VL needs: {error}") from error
 
 
-_DERIVED = ("rope_theta", "mrope_section", "tie_word_embeddings")
+def _given(kind: type, values: Mapping[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a config dataclass that `values` holds, lists made hashable."""
+    names = [f.name for f in fields(kind) if f.name in values and f.name not in without]
+    return {name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names}
 
 
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _vision_rope(vision: Mapping[str, Any]) -> dict[str, float]:
+def _vision_rope(vision: Mapping[str, Any]) -> dict[str, Any]:
     rope = vision.get("rope_parameters") or {}
     _require("vision_config.rope_parameters", rope, {"rope_type": "axial"})
     return {"rope_theta": float(rope["rope_theta"])} if rope.get("rope_theta") else {}
@@ -129,15 +125,16 @@ def _vision_rope(vision: Mapping[str, Any]) -> dict[str, float]:
 def _require(where: str, values: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     for key, value in expected.items():
         if values.get(key, value) != value:
-            raise CheckpointError(f"model: {where}.{key}: expected {value!r}, got {values[key]!r}; supported: {SUPPORTED}")
+            came = f"expected {value!r}, got {values[key]!r}"
+            raise CheckpointError(f"model: {where}.{key}: {came}; supported: {SUPPORTED}")
 
 
 @dataclass(frozen=True)
 class VitalConfig:
     """vital.json: what is ours in a checkpoint directory.
 
-    k: default number of latent steps.  feedback: which vector a latent step feeds back; "final_norm" is the hidden state
-    after the last RMSNorm (VITAL section 3.1).  provenance, report: free text and figures of how it was trained.
+    k: default number of latent steps.  feedback: which vector a latent step feeds back; "final_norm" is the hidden
+    state after the last RMSNorm (VITAL section 3.1).  provenance, report: free text and figures of how it was trained.
     """
 
     k: int = 4
@@ -182,13 +179,14 @@ class EngineConfig:
                 raise VitalError(f"{name}: expected a positive int, got {value!r}")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, argument: str = "model") -> dict[str, Any]:
+    """argument: whose directory it is, for the message of a CheckpointError."""
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointError(f"model: {path.parent} has no {path.name}") from error
+        raise CheckpointError(f"{argument}: {path.parent} has no {path.name}") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"model: {path} is not valid JSON ({error})") from error
+        raise CheckpointError(f"{argument}: {path} is not valid JSON ({error})") from error
     if not isinstance(values, dict):
-        raise CheckpointError(f"model: {path} is not a JSON object")
+        raise CheckpointError(f"{argument}: {path} is not a JSON object")
     return values

@@ -19,7 +19,7 @@ def decode_attention(
     """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only.  Returns [B, H, D].
 
     context_slots: [B, L] int64, the slots of each sequence's context, the new token's own included, padded with any
-    valid slot; for B = 1 also a slice, which reads the cache without copying.
+    slot of finite numbers; for B = 1 also a slice, which reads the cache without copying.
     mask: [B, 1, 1, L] bool, False where padded; None if nothing is padded.
     """
     keys, values = k_cache[context_slots], v_cache[context_slots]

@@ -12,8 +12,9 @@ import torch
 def kv_append(
     k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor
 ) -> None:
-    """k_cache, v_cache: [S, H, D], modified.  k, v: [T, H, D], dtype and device of the cache.  slots: [T] int64, unique.
+    """k_cache, v_cache: [S, H, D], modified.  k, v: [T, H, D], dtype and device of the cache.
 
+    slots: [T] int64, unique.
     Raises ValueError on disagreeing shapes or dtypes.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").
     """

@@ -202,6 +202,23 @@ def test_a_bad_preprocessor_config_is_named(tmp_path, text) -> None:
         PatchOptions.from_directory(tmp_path)
 
 
+def test_text_alone_needs_no_preprocessor_config(tmp_path) -> None:
+    save_tokenizer(train_tokenizer(["What?"], 300), tmp_path)
+    processor = Processor(tmp_path)
+    assert "What?" in processor.decode(processor.prepare(None, "What?", ReadOptions()).input_ids.tolist())
+    with pytest.raises(CheckpointError, match=r"^model: .* has no preprocessor_config\.json"):
+        processor.prepare(picture(0, 9, 9), "What?", ReadOptions())
+
+
+@pytest.mark.parametrize("text", ["", "not json", "{}", "[]", '{"model": {"type": "none"}}'])
+def test_a_bad_tokenizer_is_named(tmp_path, text) -> None:
+    save_tokenizer(train_tokenizer(["What?"], 300), tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"^model: .* has no usable tokenizer files") as caught:
+        Processor(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 def test_missing_tokenizer_or_template_is_named(tmp_path) -> None:
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
     with pytest.raises(CheckpointError, match=r"^model: .* has no usable tokenizer files"):

@@ -8,14 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3VLForConditionalGeneration
 
-import vitalrt
 from vitalrt.errors import VitalError
 from vitalrt_training import trainer
-from vitalrt_training.data.batches import PhantomBatches
-from vitalrt_training.data.phantom import ask, draw_phantom
-from vitalrt_training.latent_loop import answer_logits
+from vitalrt_training.data.phantom import draw_phantom
 from vitalrt_training.recipes import phantom
 from vitalrt_training.vision_warmup import NUM_CLASSES, class_shares
 
@@ -72,7 +68,7 @@ def test_another_recipe_does_not_overwrite_a_run(finished_run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "task_loss", lambda model, batch, k: model.lm_head.weight.sum() * float("nan"))
+    monkeypatch.setattr(trainer, "task_loss", lambda logits, answer_ids: logits.sum() * float("nan"))
     with pytest.raises(VitalError, match="step 0 of stage loop"):
         trainer.train(TINY, tmp_path)
 
@@ -89,33 +85,6 @@ def test_settings_are_checked():
     for settings, message in (({"stepz": "7"}, "stepz"), ({"steps": "many"}, "steps"), ({"steps": "0"}, "steps")):
         with pytest.raises(VitalError, match=message):
             phantom().with_settings(settings)
-
-
-@pytest.mark.parametrize("k", [0, 1, 3])
-def test_the_training_graph_equals_the_runtime(finished_run, k):
-    """Left-padded, several questions per image, teacher-forced: the logits and latents that the runtime computes."""
-    directory = finished_run / "model"
-    theirs = Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
-    runtime = vitalrt.load(directory, device="cpu")
-    batches = PhantomBatches(directory, seed=1, images_per_batch=2)
-    asked = [(phantom, ask(phantom)) for phantom in (draw_phantom("test", 1, index) for index in range(2))]
-    batch = batches.collate(asked)
-    with torch.no_grad():
-        logits, latents = answer_logits(theirs, batch, k)
-    prompts = [runtime.prepare(phantom.image, sample.question) for phantom, samples in asked for sample in samples]
-    for row, answer in enumerate(runtime.run(prompts, k=k, max_new_tokens=1, return_logits=True)):
-        torch.testing.assert_close(answer.logits[0], logits[row, 0], rtol=1e-4, atol=1e-4)
-        if k:
-            expected = torch.cat([latent[row] for latent in latents])
-            torch.testing.assert_close(answer.latents, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_gradients_flow_through_every_latent(finished_run):
-    model = Qwen3VLForConditionalGeneration.from_pretrained(finished_run / "model", dtype=torch.float32)
-    batch = PhantomBatches(finished_run / "model", seed=1, images_per_batch=1).draw(0)
-    logits, latents = answer_logits(model, batch, k=3)
-    gradients = torch.autograd.grad(logits[:, 0].sum(), latents)
-    assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
 def test_class_shares_cover_each_square_once_and_follow_the_masks(finished_run):

@@ -1,79 +1,89 @@
 """The latent loop with gradients, over transformers' Qwen3-VL: the recurrent path of inference, nothing detached.
 
-N samples, T prefix tokens (left-padded), K latent steps, A answer tokens, d width, V visual tokens.
+G groups (questions about the same images), N samples, K most latent steps of the batch, A answer tokens, d width.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, Qwen3VLForConditionalGeneration
 
 from vitalrt_training.data.batches import Batch
 
 
-def task_loss(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) -> torch.Tensor:
-    """Cross entropy over answer tokens (the end token included) given z_1..z_K: L_task of VITAL section 3.3."""
-    logits, _ = answer_logits(model, batch, k)
-    return cross_entropy(logits.flatten(0, 1).float(), batch.answer_ids.flatten(), ignore_index=-100)
+@dataclass(frozen=True)
+class LoopOutput:
+    """logits: [N, A, vocab], what each answer token is predicted from; the first comes from z_K (z_0 where K = 0).
+
+    latents: K tensors [N, 1, d], the nodes of the graph themselves.  has_step: [N, K] bool; where False, the sample had
+    done its own number of steps and that latent was neither used nor seen by anything.
+    """
+
+    logits: torch.Tensor
+    latents: list[torch.Tensor]
+    has_step: torch.Tensor
 
 
-def answer_logits(
-    model: Qwen3VLForConditionalGeneration, batch: Batch, k: int
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Teacher-forced logits [N, A, vocab] of every answer token, and the latents z_1..z_K, each [N, 1, d].
+def run_loop(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.Tensor) -> LoopOutput:
+    """Prefix, question, latent steps, teacher-forced answer.  num_steps: [N] int64, each sample's own K.
 
-    The first answer token is predicted by z_K itself (z_0 where k = 0), as at inference.
+    Prefix and question may be padded on either side. A sample with fewer steps than the longest idles: its further
+    latents are masked out of the cache, and its answer follows its own z_K at its own next position.
     """
     decoder = model.model.language_model
-    embed = decoder.embed_tokens
     cache = DynamicCache(config=model.config.get_text_config())
-    hidden = _prefix(model, batch, cache)[:, -1:]
-    mask = batch.attention_mask
-    positions = batch.next_position[None, :, None].expand(3, -1, 1)
-    latents = []
-    for _ in range(k):
-        mask = _extend(mask, 1)
-        hidden = decoder(
-            inputs_embeds=hidden, position_ids=positions, attention_mask=mask, past_key_values=cache
-        ).last_hidden_state
-        latents.append(hidden)
-        positions = positions + 1
-    num_fed = batch.answer_ids.shape[1] - 1
-    fed = embed(batch.answer_ids[:, :num_fed].clamp(min=0))
-    answers = decoder(
-        inputs_embeds=fed,
-        position_ids=positions + torch.arange(num_fed),
-        attention_mask=_extend(mask, num_fed),
+    _fill_prefix(model, batch, cache)
+    cache.batch_select_indices(batch.group_of_sample)
+    mask = torch.cat((batch.prefix.mask[batch.group_of_sample], batch.question.mask), dim=1)
+    asked = decoder(
+        inputs_embeds=decoder.embed_tokens(batch.question.ids),
+        position_ids=batch.question.positions,
+        attention_mask=mask,
         past_key_values=cache,
     ).last_hidden_state
-    return model.lm_head(torch.cat((hidden, answers), dim=1)), latents
+    last = (batch.question.mask * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(-1)
+    hidden = asked[torch.arange(len(asked), device=asked.device), last][:, None]
+    has_step = torch.arange(int(num_steps.max()), device=asked.device) < num_steps[:, None]
+    latents: list[torch.Tensor] = []
+    for step, is_thinking in enumerate(has_step.T):
+        mask = torch.cat((mask, is_thinking[:, None].to(mask.dtype)), dim=1)
+        stepped = decoder(
+            inputs_embeds=hidden,
+            position_ids=_axes(batch.next_position[:, None] + step),
+            attention_mask=mask,
+            past_key_values=cache,
+        ).last_hidden_state
+        latents.append(stepped)
+        hidden = torch.where(is_thinking[:, None, None], stepped, hidden)
+    num_fed = batch.answer_ids.shape[1] - 1
+    answers = decoder(
+        inputs_embeds=decoder.embed_tokens(batch.answer_ids[:, :num_fed].clamp(min=0)),
+        position_ids=_axes((batch.next_position + num_steps)[:, None] + torch.arange(num_fed, device=asked.device)),
+        attention_mask=torch.cat((mask, mask.new_ones(len(mask), num_fed)), dim=1),
+        past_key_values=cache,
+    ).last_hidden_state
+    return LoopOutput(model.lm_head(torch.cat((hidden, answers), dim=1)), latents, has_step)
 
 
-def _prefix(model: Qwen3VLForConditionalGeneration, batch: Batch, cache: DynamicCache) -> torch.Tensor:
-    """Fill the cache. Each image is encoded once, however many questions are asked about it. Returns [N, T, d]."""
+def _fill_prefix(model: Qwen3VLForConditionalGeneration, batch: Batch, cache: DynamicCache) -> None:
     tower = model.model.visual(batch.pixel_values, grid_thw=batch.image_grid_thw)
-    num_tokens = (batch.image_grid_thw.prod(-1) // model.model.visual.spatial_merge_size**2).tolist()
-
-    def per_sample(features: torch.Tensor) -> torch.Tensor:
-        by_image = features.split(num_tokens)
-        return torch.cat([by_image[image] for image in batch.image_of_sample])
-
     encoded = SimpleNamespace(
-        pooler_output=(per_sample(tower.pooler_output),),
-        deepstack_features=[(per_sample(features),) for features in tower.deepstack_features],
+        pooler_output=(tower.pooler_output,),
+        deepstack_features=[(features,) for features in tower.deepstack_features],
     )
-    return model.model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
+    model.model(
+        input_ids=batch.prefix.ids,
+        attention_mask=batch.prefix.mask,
+        position_ids=batch.prefix.positions,
         mm_encoder_outputs={"image": encoded},
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
+    )
 
 
-def _extend(mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    return torch.cat((mask, mask.new_ones(len(mask), num_tokens)), dim=1)
+def _axes(positions: torch.Tensor) -> torch.Tensor:
+    """[N, T] to M-RoPE's [3, N, T]: past the images, the three axes advance together."""
+    return positions[None].expand(3, -1, -1)

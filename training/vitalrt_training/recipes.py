@@ -17,7 +17,7 @@ class Recipe:
     images_per_batch: fresh phantoms per step, in the second stage each with all its questions.
     k_weights: how often a step uses k = 0, 1, 2, ... latent steps, so that one checkpoint serves every k.
     default_k: written to vital.json.  tokenizer_images: phantoms whose text the tokenizer is learnt from.
-    checkpoint_every, validate_every: in steps.  threads: of torch on the CPU; part of what makes a run repeatable.
+    checkpoint_every, validate_every: in steps.  threads: of torch on the CPU; sums, and so losses, depend on it.
     """
 
     seed: int
@@ -92,7 +92,7 @@ def phantom() -> Recipe:
         validation_images=64,
         checkpoint_every=100,
         validate_every=200,
-        threads=2,
+        threads=1,
     )
 
 

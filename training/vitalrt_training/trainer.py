@@ -26,7 +26,8 @@ from vitalrt.inputs.processor import PatchOptions
 from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.batches import Batch, PhantomBatches
 from vitalrt_training.data.phantom import ask, draw_phantom
-from vitalrt_training.latent_loop import answer_logits, task_loss
+from vitalrt_training.latent_loop import run_loop
+from vitalrt_training.losses import IGNORED, task_loss
 from vitalrt_training.recipes import Recipe
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 from vitalrt_training.vision_warmup import SegmentingTower, segmentation_loss
@@ -84,7 +85,8 @@ def _loop_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         k = draw_k(recipe, step)
         batch = batches.draw(step)
-        return task_loss(model, batch, k), {"k": k, "samples": len(batch.input_ids)}
+        loop = run_loop(model, batch, torch.full((batch.num_samples,), k))
+        return task_loss(loop.logits, batch.answer_ids), {"k": k, "samples": batch.num_samples}
 
     def validate() -> dict[str, float]:
         return {"validation_exact": exact_share(model, validation, recipe.default_k)}
@@ -129,8 +131,8 @@ def learning_rate(stage: Stage, recipe: Recipe, step: int) -> float:
 @torch.no_grad()
 def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) -> float:
     """Share of answers whose every token is the most likely one, which is when greedy decoding writes them."""
-    logits, _ = answer_logits(model, batch, k)
-    right = (logits.argmax(-1) == batch.answer_ids) | (batch.answer_ids == -100)
+    logits = run_loop(model, batch, torch.full((batch.num_samples,), k)).logits
+    right = (logits.argmax(-1) == batch.answer_ids) | (batch.answer_ids == IGNORED)
     return float(right.all(-1).float().mean())
 
 

@@ -18,9 +18,7 @@ DEFAULT_MAX_TOKENS = 32768
 class PagedCache:
     """k[layer], v[layer]: [S, G, D]. A page is page_size consecutive slots and belongs to one sequence at a time."""
 
-    def __init__(
-        self, config: DecoderConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: DecoderConfig, engine: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.page_size = engine.page_size
         self.bytes_per_token = config.kv_values_per_token * dtype.itemsize
         num_tokens = engine.cache_tokens or min(DEFAULT_BYTES // self.bytes_per_token, DEFAULT_MAX_TOKENS)

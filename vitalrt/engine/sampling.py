@@ -34,7 +34,7 @@ def choose_tokens(
 
 def _sample(logits: torch.Tensor, decoding: Decoding, generator: torch.Generator) -> int:
     """logits: [vocab] fp32.  Temperature, then top-k, then top-p (the smallest set whose mass reaches top_p)."""
-    logits = logits / decoding.temperature
+    logits = (logits - logits.max()).double() / decoding.temperature  # at most 0: no temperature overflows
     ordered, tokens = logits.sort(descending=True)
     if decoding.top_k:
         ordered = ordered[: decoding.top_k]

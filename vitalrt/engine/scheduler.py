@@ -14,6 +14,7 @@ from vitalrt.engine.request import Decoding
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Sequence
 from vitalrt.engine.step import RunningBatch, prefill
+from vitalrt.errors import InputError
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model.rope import mrope_positions
@@ -43,7 +44,7 @@ class Engine:
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), self.model.config)
         patch_dim = self.model.config.vision.patch_dim
         if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_dim:
-            raise ValueError(f"pixel_values: expected [patches, {patch_dim}], got {list(prompt.pixel_values.shape)}")
+            raise InputError(f"pixel_values: expected [patches, {patch_dim}], got {list(prompt.pixel_values.shape)}")
         sequence = Sequence(prompt, positions, next_position, decoding)
         self.cache.require_room(sequence.capacity)
         with self._lock:
@@ -52,15 +53,25 @@ class Engine:
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Admit what fits, then give every running sequence one latent step or one answer token."""
+        """Admit what fits, then give every running sequence one latent step or one answer token.
+
+        Whatever it raises, the sequences that were in the failing pass are cancelled and their pages are free.
+        """
         with self._lock:
             self._admit()
             if not self._batch.sequences:
                 return
-            self._answer()
-            self._retire()
-            if self._batch.sequences:
-                self._step()
+            try:
+                self._answer()
+                self._retire()
+                if self._batch.sequences:
+                    self._step()
+            except BaseException:
+                # Half a step leaves tokens and cache at odds: nobody in the batch can go on.
+                for sequence in self._batch.sequences:
+                    sequence.finish("cancelled")
+                self._retire()
+                raise
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages at once. Does nothing if it has finished."""

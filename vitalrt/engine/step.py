@@ -50,11 +50,12 @@ class PrefillAttention:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         kv_append(self.cache.k[layer], self.cache.v[layer], k, v, self.slots)
+        heads_first = [tensor.transpose(0, 1)[None].split(self.lengths, dim=2) for tensor in (q, k, v)]
         pieces = [
-            scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in qkv), is_causal=True, enable_gqa=True)
-            for qkv in zip(q.split(self.lengths), k.split(self.lengths), v.split(self.lengths), strict=True)
+            scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            for q, k, v in zip(*heads_first, strict=True)
         ]
-        return torch.cat([piece[0].transpose(0, 1) for piece in pieces])
+        return torch.cat(pieces, dim=2)[0].transpose(0, 1)
 
 
 class RunningBatch:
@@ -97,8 +98,10 @@ class RunningBatch:
             context = slice(first, first + self.sequences[0].num_tokens + 1)
         else:
             longest = 1 + max(sequence.num_tokens for sequence in self.sequences)
-            context = self.slots[:, :longest]
-            mask = (self._columns[:longest] < self.lengths[:, None])[:, None, None]
+            is_own = self._columns[:longest] < self.lengths[:, None]
+            # Padding points at the sequence's own first slot: others may hold NaN, and 0 * NaN is NaN.
+            context = torch.where(is_own, self.slots[:, :longest], self.slots[:, :1])
+            mask = is_own[:, None, None]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             kv_append(cache.k[layer], cache.v[layer], k, v, new_slots)

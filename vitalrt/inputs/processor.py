@@ -9,6 +9,7 @@ H, W pixels; T tokens; P patches.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -109,14 +110,19 @@ class Processor:
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer  # seconds to import, and only needed for text
 
-        self.patch_options = PatchOptions.from_directory(directory)
+        self.directory = directory
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a garbled file may raise anything, KeyError and TypeError included
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"model: {directory} has no usable tokenizer files ({reason})") from error
         self.chat_template = _chat_template(directory, self.tokenizer)
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+
+    @functools.cached_property
+    def patch_options(self) -> PatchOptions:
+        """Read when the first picture comes: text alone does not need them."""
+        return PatchOptions.from_directory(self.directory)
 
     def prepare(self, image: Any, question: str, options: ReadOptions) -> Prompt:
         """image: anything read_image takes, a list of such, or None.  Raises InputError."""

@@ -92,6 +92,6 @@ class Decoder(nn.Module):
         cos, sin = self.rope(positions, x.dtype)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, attend)
-            if index < len(deepstack):
+            if image_rows is not None and index < len(deepstack):
                 x = x.index_add(0, image_rows, deepstack[index].to(x.dtype))
         return x

@@ -26,8 +26,9 @@ def mrope_positions(input_ids: torch.Tensor, grids: Sequence[Grid], config: Mode
     is_image = input_ids == config.image_token_id
     if bool((input_ids == config.video_token_id).any()):
         raise InputError("input_ids: expected text and images, got video placeholders")
-    if not 0 <= int(input_ids.min()) <= int(input_ids.max()) < config.decoder.vocab_size:
-        raise InputError(f"input_ids: expected ids below {config.decoder.vocab_size}, got {int(input_ids.max())}")
+    for token_id in (int(input_ids.min()), int(input_ids.max())):
+        if not 0 <= token_id < config.decoder.vocab_size:
+            raise InputError(f"input_ids: expected ids from 0 to {config.decoder.vocab_size - 1}, got {token_id}")
     num_expected = sum(t * h * w // merge**2 for t, h, w in grids)
     if int(is_image.sum()) != num_expected:
         raise InputError(

@@ -43,8 +43,8 @@ class VisionBlock(nn.Module):
 def _attend_within(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """q, k, v: [P, H, D], frames one after the other.  Returns [P, H * D]. Frames of one size go through together."""
     if len(set(lengths)) == 1:
-        frames = [tensor.view(len(lengths), lengths[0], *tensor.shape[1:]).transpose(1, 2) for tensor in (q, k, v)]
-        return F.scaled_dot_product_attention(*frames).transpose(1, 2).reshape(len(q), -1)
+        q, k, v = (tensor.view(len(lengths), lengths[0], *tensor.shape[1:]).transpose(1, 2) for tensor in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
     pieces = zip(q.split(list(lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True)
     return torch.cat([_attend_within(*piece, [len(piece[0])]) for piece in pieces])
 
@@ -81,7 +81,7 @@ class VisionTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """pixel_values: [P, patch_dim], images one after the other.
 
-        Returns visual tokens [V, d] and, per deepstack index, features [V, d] for the decoder's first layers.
+        Returns visual tokens [V, d] and, per deepstack layer, features [V, d] for the decoder's first layers.
         """
         config = self.config
         coordinates = patch_coordinates(grids, config.spatial_merge_size, pixel_values.device)
@@ -90,10 +90,10 @@ class VisionTower(nn.Module):
         x = x + (self.pos_embed(indices) * weights[:, :, None]).sum(1).to(x.dtype)
         cos, sin = vision_rope(coordinates, config)
         frame_lengths = [h * w for t, h, w in grids for _ in range(t)]
-        deepstack: dict[int, torch.Tensor] = {}
+        deepstack = []  # in the order of the layers, whatever the order of the indexes
         for layer, block in enumerate(self.blocks):
             x = block(x, cos, sin, frame_lengths)
             if layer in config.deepstack_visual_indexes:
-                index = config.deepstack_visual_indexes.index(layer)
-                deepstack[index] = self.deepstack_mergers[index](x)
-        return self.merger(x), [deepstack[index] for index in sorted(deepstack)]
+                merger = self.deepstack_mergers[config.deepstack_visual_indexes.index(layer)]
+                deepstack.append(merger(x))
+        return self.merger(x), deepstack

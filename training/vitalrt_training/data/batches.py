@@ -1,6 +1,6 @@
 """Phantoms to tensors. Batch i of a run is a function of (seed, i) alone, so a resumed run sees the same data.
 
-N samples, T prefix tokens, A answer tokens, I images, P patches.
+G groups (questions about the same images), N samples, P prefix tokens, Q question tokens, A answer tokens, I images.
 """
 
 from __future__ import annotations
@@ -17,24 +17,53 @@ from vitalrt.config import ModelConfig
 from vitalrt.inputs.processor import Processor, patchify
 from vitalrt.model.rope import Grid, mrope_positions
 from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
+from vitalrt_training.losses import IGNORED
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """R rows of tokens, padded on either side.  ids, mask: [R, T], mask 0 where padded.  positions: [3, R, T]."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+
+    @classmethod
+    def pad_left(cls, rows: Sequence[tuple[torch.Tensor, torch.Tensor]], pad_id: int) -> Tokens:
+        """rows: (ids [T], positions [3, T]) of each prompt."""
+        longest = max(len(ids) for ids, _ in rows)
+        padded = cls(
+            torch.full((len(rows), longest), pad_id),
+            torch.zeros(len(rows), longest, dtype=torch.int64),
+            torch.zeros(3, len(rows), longest, dtype=torch.int64),
+        )
+        for row, (ids, positions) in enumerate(rows):
+            padded.ids[row, longest - len(ids) :] = ids
+            padded.mask[row, longest - len(ids) :] = 1
+            padded.positions[:, row, longest - len(ids) :] = positions
+        return padded
 
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids, attention_mask: [N, T], left-padded.  position_ids: [3, N, T].  next_position: [N].
+    """prefix: [G, P], up to and with the images, which all questions of a group share: computed once per group.
 
-    answer_ids: [N, A], the end token included, right-padded with -100.
-    pixel_values: [P, patch_dim].  image_grid_thw: [I, 3].  image_of_sample: N indices into the I images.
+    question: [N, Q], the rest of the prompt.  group_of_sample: [N].  next_position: [N], of what follows the prompt.
+    answer_ids: [N, A], the end token included, IGNORED where padded (on the right).
+    pixel_values: [patches, patch_dim] and image_grid_thw: [I, 3], in the order of the groups.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+    prefix: Tokens
+    question: Tokens
+    group_of_sample: torch.Tensor
     next_position: torch.Tensor
     answer_ids: torch.Tensor
     pixel_values: torch.Tensor
     image_grid_thw: torch.Tensor
-    image_of_sample: list[int]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.answer_ids)
 
 
 class PhantomBatches:
@@ -54,35 +83,35 @@ class PhantomBatches:
         return self.collate([(phantom, ask(phantom)) for phantom in phantoms])
 
     def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]]) -> Batch:
-        patches, grids, prompts, answers, image_of_sample = [], [], [], [], []
-        for image, (phantom, samples) in enumerate(asked):
+        """One group per phantom; every phantom has at least one question."""
+        patches, grids, answers, following, group_of_sample = [], [], [], [], []
+        prefixes: list[tuple[torch.Tensor, torch.Tensor]] = []
+        questions: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for group, (phantom, samples) in enumerate(asked):
             values, grid = patchify(phantom.image, self.processor.patch_options)
             patches.append(values)
             grids.append(grid)
             for sample in samples:
-                prompts.append(self._prompt(sample.question, grid))
+                ids, positions, next_position = self._prompt(sample.question, grid)
+                shared = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
+                if len(prefixes) == group:
+                    prefixes.append((ids[:shared], positions[:, :shared]))
+                questions.append((ids[shared:], positions[:, shared:]))
                 answers.append(self._answer(sample.answer))
-                image_of_sample.append(image)
-        longest = max(len(ids) for ids, _, _ in prompts)
-        pad = self.processor.tokenizer.pad_token_id
-        input_ids = torch.full((len(prompts), longest), pad)
-        attention_mask = torch.zeros_like(input_ids)
-        position_ids = torch.zeros(3, len(prompts), longest, dtype=torch.int64)
-        answer_ids = torch.full((len(prompts), max(map(len, answers))), -100)
-        for row, ((ids, positions, _), answer) in enumerate(zip(prompts, answers, strict=True)):
-            input_ids[row, longest - len(ids) :] = ids
-            attention_mask[row, longest - len(ids) :] = 1
-            position_ids[:, row, longest - len(ids) :] = positions
+                following.append(next_position)
+                group_of_sample.append(group)
+        answer_ids = torch.full((len(answers), max(map(len, answers))), IGNORED)
+        for row, answer in enumerate(answers):
             answer_ids[row, : len(answer)] = torch.tensor(answer)
+        pad_id = self.processor.tokenizer.pad_token_id
         return Batch(
-            input_ids,
-            attention_mask,
-            position_ids,
-            torch.tensor([following for _, _, following in prompts]),
+            Tokens.pad_left(prefixes, pad_id),
+            Tokens.pad_left(questions, pad_id),
+            torch.tensor(group_of_sample),
+            torch.tensor(following),
             answer_ids,
             torch.from_numpy(np.concatenate(patches)),
             torch.tensor(grids),
-            image_of_sample,
         )
 
     def _tokenize(self, question: str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, int]:
