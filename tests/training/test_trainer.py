@@ -19,6 +19,7 @@ TINY = replace(
     phantom(),
     vision_steps=3,
     vision_images_per_batch=2,
+    aloud_steps=2,
     steps=5,
     images_per_batch=2,
     tokenizer_images=20,
@@ -40,7 +41,7 @@ def losses(run_dir):
     return [(record["stage"], record["step"], record["loss"]) for record in records]
 
 
-@pytest.mark.parametrize("interrupted_stage", ["vision", "loop"])
+@pytest.mark.parametrize("interrupted_stage", ["vision", "aloud", "loop"])
 def test_an_interrupted_run_goes_on_bit_for_bit(finished_run, tmp_path, monkeypatch, interrupted_stage):
     do_step = trainer._step
 
@@ -69,7 +70,7 @@ def test_another_recipe_does_not_overwrite_a_run(finished_run):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "task_loss", lambda logits, answer_ids: logits.sum() * float("nan"))
-    with pytest.raises(VitalError, match="step 0 of stage loop"):
+    with pytest.raises(VitalError, match="step 0 of stage aloud"):
         trainer.train(TINY, tmp_path)
 
 

@@ -11,10 +11,11 @@ from vitalrt.errors import VitalError
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training run on phantoms from scratch: the vision tower on masks, then everything with the latent loop.
+    """A training run on phantoms from scratch: the vision tower on masks, then everything on written reasoning chains,
+    then everything on answers with the latent loop.
 
-    vision_steps, steps: optimiser steps of the two stages, each with its own warm-up and cosine decay.
-    images_per_batch: fresh phantoms per step, in the second stage each with all its questions.
+    vision_steps, aloud_steps, steps: optimiser steps of the stages, each with its own warm-up and cosine decay.
+    images_per_batch: fresh phantoms per step, each with all its questions.
     k_weights: how often a step uses k = 0, 1, 2, ... latent steps, so that one checkpoint serves every k.
     default_k: written to vital.json.  tokenizer_images: phantoms whose text the tokenizer is learnt from.
     checkpoint_every, validate_every: in steps.  threads: of torch on the CPU; sums, and so losses, depend on it.
@@ -24,6 +25,7 @@ class Recipe:
     vision_steps: int
     vision_images_per_batch: int
     vision_learning_rate: float
+    aloud_steps: int
     steps: int
     images_per_batch: int
     learning_rate: float
@@ -76,10 +78,11 @@ def phantom() -> Recipe:
     """The bundled checkpoint: about an hour on two CPU cores."""
     return Recipe(
         seed=0,
-        vision_steps=300,
+        vision_steps=200,
         vision_images_per_batch=48,
         vision_learning_rate=2e-3,
-        steps=2400,
+        aloud_steps=600,
+        steps=1200,
         images_per_batch=16,
         learning_rate=1e-3,
         warmup_steps=100,

@@ -32,9 +32,10 @@ from vitalrt_training.recipes import Recipe
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 from vitalrt_training.vision_warmup import SegmentingTower, segmentation_loss
 
-# The tokenizer and the vision stage draw training phantoms of their own.
+# The tokenizer and the first stages draw training phantoms of their own.
 TOKENIZER_SEED = 1_000_003
 VISION_SEED = 2_000_003
+ALOUD_SEED = 3_000_003
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def train(recipe: Recipe, run_dir: Path) -> Path:
     base_dir = _prepare(recipe, run_dir)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir)
     model = new_backbone(phantom_config(tokenizer), recipe.seed)
-    for stage in (_vision_stage(recipe, model, base_dir), _loop_stage(recipe, model, base_dir)):
-        _run_stage(stage, recipe, run_dir)
+    for build in (_vision_stage, _aloud_stage, _loop_stage):
+        _run_stage(build(recipe, model, base_dir), recipe, run_dir)
     return _export(model, recipe, base_dir, run_dir)
 
 
@@ -75,6 +76,18 @@ def _vision_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_d
         return segmentation_loss(tower, phantoms, options), {"samples": count}
 
     return Stage("vision", recipe.vision_steps, recipe.vision_learning_rate, tower, loss_of, dict)
+
+
+def _aloud_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+    """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there."""
+    batches = PhantomBatches(base_dir, ALOUD_SEED + recipe.seed, recipe.images_per_batch)
+
+    def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        batch = batches.draw(step, aloud=True)
+        loop = run_loop(model, batch, torch.zeros(batch.num_samples, dtype=torch.int64))
+        return task_loss(loop.logits, batch.answer_ids), {"samples": batch.num_samples}
+
+    return Stage("aloud", recipe.aloud_steps, recipe.learning_rate, model, loss_of, dict)
 
 
 def _loop_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:

@@ -1,8 +1,8 @@
 """Teach the vision tower to see before anyone asks it questions.
 
 A tower that starts from noise learns slowly from answers of one or two tokens. Masks say far more per image: each
-visual token predicts which targets cover its square, from the merged features and from every deepstack level. The
-linear heads that read the prediction are dropped afterwards.
+visual token predicts which targets cover its square, and where in the image the square is, from the merged features and
+from every deepstack level. The linear heads that read the prediction are dropped afterwards.
 
 P patches, V visual tokens, d decoder width, C classes (background first).
 """
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy, interpolate, mse_loss
 from transformers import Qwen3VLForConditionalGeneration
 
 from vitalrt.inputs.processor import PatchOptions, patchify
@@ -22,6 +22,7 @@ from vitalrt.model.rope import Grid
 from vitalrt_training.data.modalities import KINDS
 from vitalrt_training.data.phantom import Phantom
 
+PLACE_WEIGHT = 4.0
 CLASS_OF_NAME = {name: index for index, name in enumerate(KINDS, start=1)}
 NUM_CLASSES = 1 + len(CLASS_OF_NAME)
 
@@ -34,26 +35,38 @@ class SegmentingTower(nn.Module):
         self.tower = model.model.visual
         width = model.config.get_text_config().hidden_size
         num_outputs = 1 + len(self.tower.deepstack_visual_indexes)
-        self.heads = nn.ModuleList([nn.Linear(width, NUM_CLASSES) for _ in range(num_outputs)])
+        self.heads = nn.ModuleList([nn.Linear(width, NUM_CLASSES + 2) for _ in range(num_outputs)])
 
     def forward(self, pixel_values: torch.Tensor, grid_thw: torch.Tensor) -> list[torch.Tensor]:
-        """pixel_values: [P, patch_dim].  Returns logits [V, C] per output."""
+        """pixel_values: [P, patch_dim].  Returns per output [V, C + 2]: class logits, then row and column."""
         encoded = self.tower(pixel_values, grid_thw=grid_thw)
         features = (encoded.pooler_output, *encoded.deepstack_features)
         return [head(output) for head, output in zip(self.heads, features, strict=True)]
 
 
 def segmentation_loss(tower: SegmentingTower, phantoms: Sequence[Phantom], options: PatchOptions) -> torch.Tensor:
-    """Cross entropy between predicted classes and the share of each visual token's square that a target covers."""
-    patches, grids, shares = [], [], []
+    """Cross entropy with the share of each visual token's square that a target covers, and error of its place."""
+    patches, grids, shares, places = [], [], [], []
     for phantom in phantoms:
         values, grid = patchify(phantom.image, options)
         patches.append(values)
         grids.append(grid)
         shares.append(class_shares(phantom, grid, options.merge_size))
-    targets = torch.cat(shares)
+        places.append(centers(grid, options.merge_size))
     outputs = tower(torch.from_numpy(np.concatenate(patches)), torch.tensor(grids))
-    return torch.stack([cross_entropy(logits, targets) for logits in outputs]).mean()
+    share, place = torch.cat(shares), torch.cat(places)
+    losses = [
+        cross_entropy(output[:, :NUM_CLASSES], share) + PLACE_WEIGHT * mse_loss(output[:, NUM_CLASSES:], place)
+        for output in outputs
+    ]
+    return torch.stack(losses).mean()
+
+
+def centers(grid: Grid, merge: int) -> torch.Tensor:
+    """[V, 2]: row and column of each visual token's square, from 0 to 1 over the image."""
+    rows, columns = grid[1] // merge, grid[2] // merge
+    axes = torch.meshgrid((torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij")
+    return torch.stack(axes, dim=-1).flatten(0, 1)
 
 
 def class_shares(phantom: Phantom, grid: Grid, merge: int) -> torch.Tensor:

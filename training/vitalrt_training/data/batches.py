@@ -6,7 +6,7 @@ G groups (questions about the same images), N samples, P prefix tokens, Q questi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from vitalrt.inputs.processor import Processor, patchify
 from vitalrt.model.rope import Grid, mrope_positions
 from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
 from vitalrt_training.losses import IGNORED
+
+THINK_ALOUD = "Think aloud."
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class Batch:
         return len(self.answer_ids)
 
 
+def think_aloud(sample: Sample) -> Sample:
+    """The same question, to be answered with the written reasoning chain first: explicit chain of thought."""
+    written = f"<think>{' '.join(sample.chain)}</think>{sample.answer}"
+    return replace(sample, question=f"{sample.question} {THINK_ALOUD}", answer=written)
+
+
 class PhantomBatches:
     """Training batches of `images_per_batch` fresh phantoms with all their questions."""
 
@@ -77,10 +85,13 @@ class PhantomBatches:
         self.images_per_batch = images_per_batch
         self._prompt = lru_cache(maxsize=65536)(self._tokenize)
 
-    def draw(self, index: int) -> Batch:
+    def draw(self, index: int, aloud: bool = False) -> Batch:
         first = index * self.images_per_batch
         phantoms = [draw_phantom("train", self.seed, first + i) for i in range(self.images_per_batch)]
-        return self.collate([(phantom, ask(phantom)) for phantom in phantoms])
+        asked = [(phantom, ask(phantom)) for phantom in phantoms]
+        if aloud:
+            asked = [(phantom, [think_aloud(sample) for sample in samples]) for phantom, samples in asked]
+        return self.collate(asked)
 
     def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]]) -> Batch:
         """One group per phantom; every phantom has at least one question."""
