@@ -103,12 +103,12 @@ def data_phantom(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Train a recipe; run again with the same --out to go on after an interruption."""
     with _needs("train"):
-        from vitalrt_training.recipes import RECIPES
+        from vitalrt_training.recipes import RECIPES, with_settings
         from vitalrt_training.trainer import train as run_training
     if arguments.recipe not in RECIPES:
         raise VitalError(f"recipe: expected one of {sorted(RECIPES)}, got {arguments.recipe!r}")
     settings = dict(_setting(text) for text in arguments.set)
-    directory = run_training(RECIPES[arguments.recipe]().with_settings(settings), arguments.out)
+    directory = run_training(with_settings(RECIPES[arguments.recipe](), settings), arguments.out)
     print(json.dumps({"model": str(directory)}) if arguments.json else directory)
 
 

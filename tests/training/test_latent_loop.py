@@ -145,5 +145,5 @@ def test_gradients_flow_through_every_latent(directory, asked):
     model = Qwen3VLForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     batch = PhantomBatches(directory, seed=1, images_per_batch=1).collate(asked)
     loop = run_loop(model, batch, torch.full((batch.num_samples,), 3))
-    gradients = torch.autograd.grad(task_loss(loop.logits, batch.answer_ids), loop.latents)
+    gradients = torch.autograd.grad(task_loss(loop.logits, batch.answer_ids).value(), loop.latents)
     assert all(gradient.abs().amax((1, 2)).min() > 0 for gradient in gradients)

@@ -14,7 +14,7 @@ from vitalrt_training.losses import IGNORED, LossConfig, task_loss, text_loss, v
 def test_task_loss_counts_answer_tokens_only():
     logits = torch.zeros(1, 3, 4)
     logits[0, 0, 1] = math.log(3.0)  # p = 3/6
-    loss = task_loss(logits, torch.tensor([[1, 2, IGNORED]]))
+    loss = task_loss(logits, torch.tensor([[1, 2, IGNORED]])).value()
     assert loss.item() == pytest.approx((-math.log(3 / 6) - math.log(1 / 4)) / 2)
 
 
@@ -29,12 +29,12 @@ def test_text_loss_averages_tokens_then_steps_then_samples():
         logits[n, k, position, token] = math.log(3.0)  # p = 3/6 = 1/2
     steps = [(math.log(4) + math.log(2)) / 2, math.log(2)]
     expected = (sum(steps) / 2 + math.log(4)) / 2
-    assert text_loss(logits, chain_ids).item() == pytest.approx(expected)
+    assert text_loss(logits, chain_ids).value().item() == pytest.approx(expected)
 
 
 def test_text_loss_without_any_chain_is_zero_and_still_differentiable():
     logits = torch.randn(1, 1, 2, 4, requires_grad=True)
-    loss = text_loss(logits, torch.full((1, 1, 2), IGNORED))
+    loss = text_loss(logits, torch.full((1, 1, 2), IGNORED)).value()
     loss.backward()
     assert loss.item() == 0
     assert torch.equal(logits.grad, torch.zeros_like(logits))
@@ -46,12 +46,12 @@ def test_visual_loss_averages_over_the_steps_a_sample_has(reduction, scale):
     targets = torch.zeros(3, 2, 2)
     has_step = torch.tensor([[True, False], [True, True], [False, False]])
     expected = scale * (0.5 + (0.0 + 1.0) / 2) / 2
-    assert visual_loss(projected, targets, has_step, reduction).item() == pytest.approx(expected)
+    assert visual_loss(projected, targets, has_step, reduction).value().item() == pytest.approx(expected)
 
 
 def test_a_missing_roi_gets_no_gradient():
     projected = torch.randn(2, 1, 3, requires_grad=True)
-    loss = visual_loss(projected, torch.zeros(2, 1, 3), torch.tensor([[True], [False]]), "mean")
+    loss = visual_loss(projected, torch.zeros(2, 1, 3), torch.tensor([[True], [False]]), "mean").value()
     loss.backward()
     assert projected.grad[0].abs().min() > 0
     assert torch.equal(projected.grad[1], torch.zeros(1, 3))
@@ -81,3 +81,13 @@ def test_bad_switches_are_errors():
             LossConfig(**arguments)
     with pytest.raises(VitalError, match="global_feature"):
         visual_targets(torch.ones(1, 2), None, torch.tensor([1]), 1, "per_step")
+
+
+def test_two_halves_divided_by_their_common_count_are_the_whole():
+    torch.manual_seed(0)
+    projected, targets = torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+    has_step = torch.tensor([[True, True], [True, False], [False, False], [True, True]])
+    whole = visual_loss(projected, targets, has_step, "mean")
+    halves = [visual_loss(projected[rows], targets[rows], has_step[rows], "mean") for rows in ([0, 2], [1, 3])]
+    together = sum(half.total for half in halves) / sum(half.count for half in halves)
+    torch.testing.assert_close(together, whole.value())

@@ -12,7 +12,8 @@ import torch
 from vitalrt.errors import VitalError
 from vitalrt_training import trainer
 from vitalrt_training.data.phantom import draw_phantom
-from vitalrt_training.recipes import phantom
+from vitalrt_training.losses import Mean
+from vitalrt_training.recipes import phantom, with_settings
 from vitalrt_training.vision_warmup import NUM_CLASSES, class_shares
 
 TINY = replace(
@@ -69,7 +70,9 @@ def test_another_recipe_does_not_overwrite_a_run(finished_run):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "task_loss", lambda logits, answer_ids: logits.sum() * float("nan"))
+    monkeypatch.setattr(
+        trainer, "task_loss", lambda logits, answer_ids: Mean(logits.sum() * float("nan"), torch.ones(()))
+    )
     with pytest.raises(VitalError, match="step 0 of stage aloud"):
         trainer.train(TINY, tmp_path)
 
@@ -82,10 +85,10 @@ def test_every_step_uses_a_k_of_the_recipe():
 
 
 def test_settings_are_checked():
-    assert phantom().with_settings({"steps": "7", "k_weights": "1,0,2"}).k_weights == (1.0, 0.0, 2.0)
+    assert with_settings(phantom(), {"steps": "7", "k_weights": "1,0,2"}).k_weights == (1.0, 0.0, 2.0)
     for settings, message in (({"stepz": "7"}, "stepz"), ({"steps": "many"}, "steps"), ({"steps": "0"}, "steps")):
         with pytest.raises(VitalError, match=message):
-            phantom().with_settings(settings)
+            with_settings(phantom(), settings)
 
 
 def test_class_shares_cover_each_square_once_and_follow_the_masks(finished_run):

@@ -6,6 +6,7 @@ N samples, K most latent steps of the batch, d width, v feature width, A answer 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy, normalize
@@ -39,31 +40,44 @@ class LossConfig:
                 raise VitalError(f"{name}: expected 0 or more, got {getattr(self, name)}")
 
 
-def task_loss(logits: torch.Tensor, answer_ids: torch.Tensor) -> torch.Tensor:
-    """L_task: mean cross entropy over answer tokens.  logits: [N, A, vocab].  answer_ids: [N, A], IGNORED: padding."""
-    return cross_entropy(logits.flatten(0, 1).float(), answer_ids.flatten(), ignore_index=IGNORED)
+class Mean(NamedTuple):
+    """A mean that has not been divided yet, so that several processes can divide by what they counted together."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+
+    def value(self) -> torch.Tensor:
+        """0, with a gradient of 0, where nothing was counted."""
+        return self.total / self.count.clamp(min=1)
 
 
-def text_loss(logits: torch.Tensor, chain_ids: torch.Tensor) -> torch.Tensor:
+def task_loss(logits: torch.Tensor, answer_ids: torch.Tensor) -> Mean:
+    """L_task: cross entropy over answer tokens.  logits: [N, A, vocab].  answer_ids: [N, A], IGNORED where padded."""
+    total = cross_entropy(logits.flatten(0, 1).float(), answer_ids.flatten(), ignore_index=IGNORED, reduction="sum")
+    return Mean(total, (answer_ids != IGNORED).sum())
+
+
+def text_loss(logits: torch.Tensor, chain_ids: torch.Tensor) -> Mean:
     """L_text: the mean cross entropy over a reasoning step's tokens, then over a sample's steps, then over samples.
 
-    logits: [N, K, L, vocab] of the text decoder.  chain_ids: [N, K, L], IGNORED as padding; a step without a token, or
-    a sample without a step, does not count. 0 (with a gradient of 0) if no sample has one.
+    logits: [N, K, L, vocab] of the text decoder.  chain_ids: [N, K, L], IGNORED where padded; a step without a token,
+    or a sample without a step, does not count.
     """
     per_token = cross_entropy(
         logits.flatten(0, 2).float(), chain_ids.flatten(), ignore_index=IGNORED, reduction="none"
     ).view(chain_ids.shape)
-    return _mean_over_samples(_masked_mean(per_token, chain_ids != IGNORED), (chain_ids != IGNORED).any(-1))
+    has_token = chain_ids != IGNORED
+    return _over_samples(_masked_mean(per_token, has_token), has_token.any(-1))
 
 
-def visual_loss(projected: torch.Tensor, targets: torch.Tensor, has_step: torch.Tensor, reduction: str) -> torch.Tensor:
-    """L_visual: |VP(z_k) - f_k| summed or averaged over v; then the mean over a sample's steps, then samples.
+def visual_loss(projected: torch.Tensor, targets: torch.Tensor, has_step: torch.Tensor, reduction: str) -> Mean:
+    """L_visual: |VP(z_k) - f_k| summed or averaged over v; then the mean over a sample's steps, then over samples.
 
     projected: [N, K, v].  targets: [N, K, v].  has_step: [N, K] bool, False where a sample has no such step or no ROI.
     """
     distance = (projected.float() - targets.float()).abs()
     per_step = distance.mean(-1) if reduction == "mean" else distance.sum(-1)
-    return _mean_over_samples(per_step, has_step)
+    return _over_samples(per_step, has_step)
 
 
 def visual_targets(
@@ -92,7 +106,7 @@ def _masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def _mean_over_samples(per_step: torch.Tensor, has_step: torch.Tensor) -> torch.Tensor:
+def _over_samples(per_step: torch.Tensor, has_step: torch.Tensor) -> Mean:
     """per_step, has_step: [N, K]."""
-    per_sample = _masked_mean(per_step, has_step)
-    return _masked_mean(per_sample, has_step.any(-1))
+    has_any = has_step.any(-1)
+    return Mean((_masked_mean(per_step, has_step) * has_any).sum(), has_any.sum())

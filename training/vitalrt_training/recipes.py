@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from vitalrt.config import MAX_LATENT_STEPS
 from vitalrt.errors import VitalError
+from vitalrt.model.scaffold import PROJECTORS
+from vitalrt_training.adapter import AdapterConfig
+from vitalrt_training.losses import LossConfig
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PhantomRecipe:
     """A training run on phantoms from scratch: the vision tower on masks, then everything on written reasoning chains,
     then everything on answers with the latent loop.
 
@@ -57,26 +61,10 @@ class Recipe:
         if not 1 <= len(self.k_weights) <= MAX_LATENT_STEPS + 1 or sum(self.k_weights) <= 0 or min(self.k_weights) < 0:
             raise VitalError(f"k_weights: expected non-negative weights for k = 0, 1, ..., got {self.k_weights}")
 
-    def with_settings(self, settings: dict[str, str]) -> Recipe:
-        """Values given as text, e.g. {"steps": "100"}.  Raises VitalError on unknown names and bad values."""
-        changes: dict[str, Any] = {}
-        for name, text in settings.items():
-            if name not in {f.name for f in fields(self)}:
-                raise VitalError(f"--set: unknown setting {name!r}; expected one of {[f.name for f in fields(self)]}")
-            current = getattr(self, name)
-            try:
-                if isinstance(current, tuple):
-                    changes[name] = tuple(float(part) for part in text.split(","))
-                else:
-                    changes[name] = type(current)(text)
-            except ValueError as error:
-                raise VitalError(f"--set: {name}: expected {type(current).__name__}, got {text!r}") from error
-        return replace(self, **changes)
 
-
-def phantom() -> Recipe:
+def phantom() -> PhantomRecipe:
     """The bundled checkpoint: about an hour on two CPU cores."""
-    return Recipe(
+    return PhantomRecipe(
         seed=0,
         vision_steps=200,
         vision_images_per_batch=48,
@@ -99,4 +87,131 @@ def phantom() -> Recipe:
     )
 
 
-RECIPES = {"phantom": phantom}
+@dataclass(frozen=True)
+class Phase:
+    """Samples whose K lies in min_steps..max_steps, for a number of epochs."""
+
+    min_steps: int
+    max_steps: int
+    epochs: int
+
+
+ALL = MAX_LATENT_STEPS
+SCHEDULES: dict[str, tuple[Phase, ...]] = {
+    "three_phase": (Phase(0, 1, 5), Phase(0, 2, 5), Phase(0, ALL, 10)),
+    "two_phase": (Phase(0, 2, 10), Phase(0, ALL, 10)),
+    "full_mix": (Phase(0, ALL, 20),),
+    "reverse": (Phase(4, ALL, 5), Phase(2, ALL, 5), Phase(0, ALL, 10)),
+}
+"""The schedules of VITAL table 3. The paper gives the epochs of the first; the others get as many in all, and "reverse
+starts from K=4 and decreases" is read as K = 4, then K >= 2, then all."""
+
+
+@dataclass(frozen=True)
+class VitalRecipe:
+    """VITAL's training (section 3.3, appendix A.6) of a LoRA adapter and its scaffolding, over the tables in `data`.
+
+    backbone, text_decoder: Hugging Face directories or hub ids.  data: a folder with images.parquet, samples.parquet.
+    projector: a variant of vitalrt.model.scaffold.  feature_width: v of the ROI features, checked against the table.
+    schedule: a name in SCHEDULES; each phase starts from the weights of the one before, with a new optimiser.
+    batch_size: samples per optimiser step over all processes.  warmup_share: of each phase's steps.
+    loss_limit: a loss above it counts as exploded and stops the run.  precision: "no" or "bf16" (autocast).
+    """
+
+    backbone: str
+    text_decoder: str
+    data: str
+    feature_width: int
+    projector: str
+    adapter: AdapterConfig
+    losses: LossConfig
+    schedule: str
+    batch_size: int
+    learning_rate: float
+    warmup_share: float
+    weight_decay: float
+    max_grad_norm: float
+    loss_limit: float
+    precision: str
+    gradient_checkpointing: bool
+    seed: int
+    checkpoint_every: int
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise VitalError(f"schedule: expected one of {sorted(SCHEDULES)}, got {self.schedule!r}")
+        if self.precision not in ("no", "bf16"):
+            raise VitalError(f"precision: expected 'no' or 'bf16', got {self.precision!r}")
+        if self.projector not in PROJECTORS:
+            raise VitalError(f"projector: expected one of {PROJECTORS}, got {self.projector!r}")
+        for name in ("batch_size", "checkpoint_every", "feature_width"):
+            if getattr(self, name) < 1:
+                raise VitalError(f"{name}: expected at least 1, got {getattr(self, name)}")
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return SCHEDULES[self.schedule]
+
+
+def vital_8b() -> VitalRecipe:
+    """The paper's: Qwen3-VL-8B, Qwen3-1.7B as text decoder, MedSigLIP features. It gives no batch size; 48 is ours."""
+    return VitalRecipe(
+        backbone="Qwen/Qwen3-VL-8B-Instruct",
+        text_decoder="Qwen/Qwen3-1.7B",
+        data="data",
+        feature_width=1152,
+        projector="res_mlp_ln",
+        adapter=AdapterConfig(),
+        losses=LossConfig(),
+        schedule="three_phase",
+        batch_size=48,
+        learning_rate=2e-5,
+        warmup_share=0.05,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        loss_limit=100.0,
+        precision="bf16",
+        gradient_checkpointing=True,
+        seed=0,
+        checkpoint_every=200,
+    )
+
+
+def vital_2b() -> VitalRecipe:
+    """The same on the smallest Qwen3-VL, with the smallest Qwen3 as text decoder."""
+    return replace(vital_8b(), backbone="Qwen/Qwen3-VL-2B-Instruct", text_decoder="Qwen/Qwen3-0.6B")
+
+
+Recipe = PhantomRecipe | VitalRecipe
+RECIPES: dict[str, Callable[[], Recipe]] = {"phantom": phantom, "vital_8b": vital_8b, "vital_2b": vital_2b}
+
+
+def with_settings(recipe: Any, settings: Mapping[str, str]) -> Any:
+    """A recipe with values given as text, e.g. {"seed": "1", "losses.text_weight": "0"}.
+
+    Raises VitalError on unknown names and bad values.
+    """
+    for name, text in settings.items():
+        head, _, rest = name.partition(".")
+        if head not in {f.name for f in fields(recipe)}:
+            raise VitalError(f"--set: unknown setting {head!r}; expected one of {[f.name for f in fields(recipe)]}")
+        current = getattr(recipe, head)
+        if is_dataclass(current) != bool(rest):
+            raise VitalError(
+                f"--set: {name}: expected {head}.NAME=VALUE" if not rest else f"--set: {head} has no {rest!r}"
+            )
+        value = with_settings(current, {rest: text}) if rest else _parse(head, text, current)
+        recipe = replace(recipe, **{head: value})
+    return recipe
+
+
+def _parse(name: str, text: str, current: Any) -> Any:
+    """Text as the type of the current value."""
+    try:
+        if isinstance(current, bool):
+            return {"true": True, "false": False}[text.lower()]
+        if isinstance(current, tuple):
+            return tuple(float(part) for part in text.split(","))
+        return type(current)(text)
+    except (ValueError, KeyError) as error:
+        raise VitalError(f"--set: {name}: expected {type(current).__name__}, got {text!r}") from error

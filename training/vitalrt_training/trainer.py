@@ -28,7 +28,7 @@ from vitalrt_training.data.batches import Batch, PhantomBatches
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.latent_loop import run_loop
 from vitalrt_training.losses import IGNORED, task_loss
-from vitalrt_training.recipes import Recipe
+from vitalrt_training.recipes import PhantomRecipe
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 from vitalrt_training.vision_warmup import SegmentingTower, segmentation_loss
 
@@ -50,7 +50,7 @@ class Stage:
     validate: Callable[[], dict[str, float]]
 
 
-def train(recipe: Recipe, run_dir: Path) -> Path:
+def train(recipe: PhantomRecipe, run_dir: Path) -> Path:
     """Train, or go on training, in run_dir; returns the checkpoint directory run_dir/model.
 
     run_dir holds recipe.json, log.jsonl (a line per step), a state per stage (weights and optimiser, replaced
@@ -66,7 +66,7 @@ def train(recipe: Recipe, run_dir: Path) -> Path:
     return _export(model, recipe, base_dir, run_dir)
 
 
-def _vision_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+def _vision_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
     tower = SegmentingTower(model)
     options = PatchOptions.from_directory(base_dir)
     count = recipe.vision_images_per_batch
@@ -78,19 +78,19 @@ def _vision_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_d
     return Stage("vision", recipe.vision_steps, recipe.vision_learning_rate, tower, loss_of, dict)
 
 
-def _aloud_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+def _aloud_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
     """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there."""
     batches = PhantomBatches(base_dir, ALOUD_SEED + recipe.seed, recipe.images_per_batch)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         batch = batches.draw(step, aloud=True)
         loop = run_loop(model, batch, torch.zeros(batch.num_samples, dtype=torch.int64))
-        return task_loss(loop.logits, batch.answer_ids), {"samples": batch.num_samples}
+        return task_loss(loop.logits, batch.answer_ids).value(), {"samples": batch.num_samples}
 
     return Stage("aloud", recipe.aloud_steps, recipe.learning_rate, model, loss_of, dict)
 
 
-def _loop_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+def _loop_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
     batches = PhantomBatches(base_dir, recipe.seed, recipe.images_per_batch)
     phantoms = [draw_phantom("validation", recipe.seed, index) for index in range(recipe.validation_images)]
     validation = batches.collate([(phantom, ask(phantom)) for phantom in phantoms])
@@ -99,7 +99,7 @@ def _loop_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir
         k = draw_k(recipe, step)
         batch = batches.draw(step)
         loop = run_loop(model, batch, torch.full((batch.num_samples,), k))
-        return task_loss(loop.logits, batch.answer_ids), {"k": k, "samples": batch.num_samples}
+        return task_loss(loop.logits, batch.answer_ids).value(), {"k": k, "samples": batch.num_samples}
 
     def validate() -> dict[str, float]:
         return {"validation_exact": exact_share(model, validation, recipe.default_k)}
@@ -107,7 +107,7 @@ def _loop_stage(recipe: Recipe, model: Qwen3VLForConditionalGeneration, base_dir
     return Stage("loop", recipe.steps, recipe.learning_rate, model, loss_of, validate)
 
 
-def _run_stage(stage: Stage, recipe: Recipe, run_dir: Path) -> None:
+def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
     optimizer = torch.optim.AdamW(_parameter_groups(stage.module, recipe), betas=(0.9, 0.98), fused=True)
     state_path = run_dir / f"{stage.name}.pt"
     first_step = _restore(state_path, stage.module, optimizer)
@@ -128,12 +128,12 @@ def _run_stage(stage: Stage, recipe: Recipe, run_dir: Path) -> None:
             bar.update(task, advance=1, status=status)
 
 
-def draw_k(recipe: Recipe, step: int) -> int:
+def draw_k(recipe: PhantomRecipe, step: int) -> int:
     weights = np.asarray(recipe.k_weights)
     return int(np.random.default_rng((recipe.seed, step)).choice(len(weights), p=weights / weights.sum()))
 
 
-def learning_rate(stage: Stage, recipe: Recipe, step: int) -> float:
+def learning_rate(stage: Stage, recipe: PhantomRecipe, step: int) -> float:
     """Linear warm-up, then half a cosine down to nothing."""
     if step < recipe.warmup_steps:
         return stage.learning_rate * (step + 1) / recipe.warmup_steps
@@ -150,7 +150,7 @@ def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) ->
 
 
 def _step(
-    stage: Stage, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int, state_path: Path
+    stage: Stage, optimizer: torch.optim.Optimizer, recipe: PhantomRecipe, step: int, state_path: Path
 ) -> dict[str, Any]:
     rate = learning_rate(stage, recipe, step)
     for group in optimizer.param_groups:
@@ -168,7 +168,7 @@ def _step(
     return record | {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate}
 
 
-def _prepare(recipe: Recipe, run_dir: Path) -> Path:
+def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
     """Write recipe and base files (tokenizer, preprocessor, config) once; a later call must bring the same recipe."""
     run_dir.mkdir(parents=True, exist_ok=True)
     wanted = json.dumps(asdict(recipe), indent=2) + "\n"
@@ -194,7 +194,7 @@ def _prepare(recipe: Recipe, run_dir: Path) -> Path:
     return base_dir
 
 
-def _parameter_groups(module: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+def _parameter_groups(module: nn.Module, recipe: PhantomRecipe) -> list[dict[str, Any]]:
     """Weight decay on matrices only."""
     parameters = list(module.parameters())
     return [
@@ -228,7 +228,7 @@ def _trim_log(path: Path, stage: str, first_step: int) -> None:
         _write_atomically(path, "".join(line + "\n" for line in kept))
 
 
-def _export(model: Qwen3VLForConditionalGeneration, recipe: Recipe, base_dir: Path, run_dir: Path) -> Path:
+def _export(model: Qwen3VLForConditionalGeneration, recipe: PhantomRecipe, base_dir: Path, run_dir: Path) -> Path:
     """An ordinary Hugging Face directory in bf16, with vital.json beside it."""
     partial, final = run_dir / "model.partial", run_dir / "model"
     shutil.rmtree(partial, ignore_errors=True)

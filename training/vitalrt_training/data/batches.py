@@ -74,53 +74,48 @@ def think_aloud(sample: Sample) -> Sample:
     return replace(sample, question=f"{sample.question} {THINK_ALOUD}", answer=written)
 
 
-class PhantomBatches:
-    """Training batches of `images_per_batch` fresh phantoms with all their questions."""
+@dataclass(frozen=True)
+class Asked:
+    """A picture (uint8 [H, W, 3]) and its questions, each with the answer to be learnt."""
 
-    def __init__(self, directory: Path, seed: int, images_per_batch: int) -> None:
+    picture: np.ndarray
+    questions: Sequence[tuple[str, str]]
+
+
+class Collator:
+    """Questions about pictures to a Batch, in the way of one checkpoint directory."""
+
+    def __init__(self, directory: Path) -> None:
         """directory: tokenizer, preprocessor and config files of the model being trained."""
         self.processor = Processor(directory)
         self.config = ModelConfig.from_directory(directory)
-        self.seed = seed
-        self.images_per_batch = images_per_batch
         self._prompt = lru_cache(maxsize=65536)(self._tokenize)
 
-    def draw(self, index: int, aloud: bool = False) -> Batch:
-        first = index * self.images_per_batch
-        phantoms = [draw_phantom("train", self.seed, first + i) for i in range(self.images_per_batch)]
-        asked = [(phantom, ask(phantom)) for phantom in phantoms]
-        if aloud:
-            asked = [(phantom, [think_aloud(sample) for sample in samples]) for phantom, samples in asked]
-        return self.collate(asked)
-
-    def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]]) -> Batch:
-        """One group per phantom; every phantom has at least one question."""
+    def collate(self, asked: Sequence[Asked]) -> Batch:
+        """One group per picture; every picture has at least one question."""
         patches, grids, answers, following, group_of_sample = [], [], [], [], []
         prefixes: list[tuple[torch.Tensor, torch.Tensor]] = []
         questions: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for group, (phantom, samples) in enumerate(asked):
-            values, grid = patchify(phantom.image, self.processor.patch_options)
+        for group, one in enumerate(asked):
+            values, grid = patchify(one.picture, self.processor.patch_options)
             patches.append(values)
             grids.append(grid)
-            for sample in samples:
-                ids, positions, next_position = self._prompt(sample.question, grid)
+            for question, answer in one.questions:
+                ids, positions, next_position = self._prompt(question, grid)
                 shared = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
                 if len(prefixes) == group:
                     prefixes.append((ids[:shared], positions[:, :shared]))
                 questions.append((ids[shared:], positions[:, shared:]))
-                answers.append(self._answer(sample.answer))
+                answers.append(self.processor.tokenizer(answer)["input_ids"] + [self.processor.tokenizer.eos_token_id])
                 following.append(next_position)
                 group_of_sample.append(group)
-        answer_ids = torch.full((len(answers), max(map(len, answers))), IGNORED)
-        for row, answer in enumerate(answers):
-            answer_ids[row, : len(answer)] = torch.tensor(answer)
         pad_id = self.processor.tokenizer.pad_token_id
         return Batch(
             Tokens.pad_left(prefixes, pad_id),
             Tokens.pad_left(questions, pad_id),
             torch.tensor(group_of_sample),
             torch.tensor(following),
-            answer_ids,
+            pad_targets(answers),
             torch.from_numpy(np.concatenate(patches)),
             torch.tensor(grids),
         )
@@ -129,6 +124,31 @@ class PhantomBatches:
         ids = torch.tensor(self.processor.tokenize(question, [grid]))
         return ids, *mrope_positions(ids, [grid], self.config)
 
-    def _answer(self, answer: str) -> list[int]:
-        tokenizer = self.processor.tokenizer
-        return tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id]
+
+def pad_targets(rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """[rows, longest] int64, IGNORED on the right of shorter ones."""
+    padded = torch.full((len(rows), max(map(len, rows), default=0)), IGNORED)
+    for row, ids in enumerate(rows):
+        padded[row, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
+    return padded
+
+
+class PhantomBatches:
+    """Training batches of `images_per_batch` fresh phantoms with all their questions."""
+
+    def __init__(self, directory: Path, seed: int, images_per_batch: int) -> None:
+        self.collator = Collator(directory)
+        self.seed = seed
+        self.images_per_batch = images_per_batch
+
+    def draw(self, index: int, aloud: bool = False) -> Batch:
+        first = index * self.images_per_batch
+        phantoms = [draw_phantom("train", self.seed, first + i) for i in range(self.images_per_batch)]
+        return self.collate([(phantom, ask(phantom)) for phantom in phantoms], aloud)
+
+    def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]], aloud: bool = False) -> Batch:
+        if aloud:
+            asked = [(phantom, [think_aloud(sample) for sample in samples]) for phantom, samples in asked]
+        return self.collator.collate(
+            [Asked(phantom.image, [(s.question, s.answer) for s in samples]) for phantom, samples in asked]
+        )
