@@ -107,8 +107,8 @@ def train(arguments: argparse.Namespace) -> None:
         from vitalrt_training.trainer import train as run_training
     if arguments.recipe not in RECIPES:
         raise VitalError(f"recipe: expected one of {sorted(RECIPES)}, got {arguments.recipe!r}")
-    settings = dict(_setting(text) for text in arguments.set)
-    directory = run_training(with_settings(RECIPES[arguments.recipe](), settings), arguments.out)
+    recipe = with_settings(RECIPES[arguments.recipe](), dict(_setting(text) for text in arguments.set))
+    directory = run_training(recipe, arguments.out)
     print(json.dumps({"model": str(directory)}) if arguments.json else directory)
 
 

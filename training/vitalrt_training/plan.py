@@ -1,0 +1,149 @@
+"""What a VITAL run would take, from configurations alone: nothing is downloaded and no weight is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3VLConfig
+from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
+
+from vitalrt.errors import VitalError
+from vitalrt.model.scaffold import Scaffold
+from vitalrt_training.adapter import attach_adapter
+from vitalrt_training.recipes import VitalRecipe
+
+# Shapes of the models that recipes name, so that a plan needs no network. Source: their config.json on the hub.
+VISION: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16}
+KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-VL-8B-Instruct": {
+        "text": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},
+        "vision": {**VISION, "out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]},
+        "tied": False,
+    },
+    "Qwen/Qwen3-VL-2B-Instruct": {
+        "text": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16},
+        "vision": {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_heads": 16,
+            "patch_size": 16,
+            "out_hidden_size": 2048,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+        "tied": True,
+    },
+}
+KNOWN_DECODERS: dict[str, dict[str, Any]] = {
+    "Qwen/Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+    "Qwen/Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+}
+QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+PAPER_SAMPLES = {1: 19_556, 2: 19_872, 3: 1_796, 4: 10_975}
+"""Training samples by K where no table is at hand: 85 % of the paper's 23,007, 23,379, 2,113 and 12,912."""
+
+BYTES_FROZEN = 2  # bf16
+BYTES_TRAINABLE = 16  # fp32 weight, gradient and two AdamW moments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """parameters: by module.  steps, samples: per phase.  weight_bytes: weights, gradients and optimiser state."""
+
+    parameters: dict[str, int]
+    trainable: int
+    steps: list[int]
+    samples: list[int]
+    weight_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "parameters": self.parameters,
+            "trainable": self.trainable,
+            "samples_by_phase": self.samples,
+            "steps_by_phase": self.steps,
+            "weight_bytes": self.weight_bytes,
+        }
+
+
+def plan(recipe: VitalRecipe, samples_by_steps: dict[int, int] | None = None) -> Plan:
+    """samples_by_steps: training samples by their K; None: the paper's numbers."""
+    counts = PAPER_SAMPLES if samples_by_steps is None else samples_by_steps
+    with torch.device("meta"):
+        backbone = Qwen3VL(backbone_config(recipe.backbone))
+        width = backbone.config.get_text_config().hidden_size
+        decoder = AutoModelForCausalLM.from_config(decoder_config(recipe.text_decoder))
+        scaffold = Scaffold.build(recipe.projector, width, recipe.feature_width, decoder)
+        num_backbone = num_parameters(backbone)
+        adapted = attach_adapter(backbone, recipe.adapter)
+    parameters = {
+        "backbone (frozen)": num_backbone,
+        "LoRA": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
+        "visual projector": num_parameters(scaffold.projector),
+        "pj_in": num_parameters(scaffold.pj_in),
+        "text decoder": num_parameters(scaffold.text_decoder),
+    }
+    trainable = sum(parameters.values()) - num_backbone
+    per_epoch = [
+        sum(n for steps, n in counts.items() if phase.min_steps <= steps <= phase.max_steps) for phase in recipe.phases
+    ]
+    return Plan(
+        parameters,
+        trainable,
+        [n // recipe.batch_size * phase.epochs for n, phase in zip(per_epoch, recipe.phases, strict=True)],
+        per_epoch,
+        num_backbone * BYTES_FROZEN + trainable * BYTES_TRAINABLE,
+    )
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def backbone_config(name: str) -> Qwen3VLConfig:
+    """Of a directory, or of a hub id whose shape is known here.  Raises VitalError otherwise."""
+    if Path(name).is_dir():
+        return Qwen3VLConfig.from_pretrained(name)
+    if name not in KNOWN_BACKBONES:
+        raise VitalError(
+            f"backbone: expected a directory or one of {sorted(KNOWN_BACKBONES)} to plan with, got {name!r}"
+        )
+    known = KNOWN_BACKBONES[name]
+    return Qwen3VLConfig(
+        text_config={**QWEN3, **known["text"]}, vision_config=known["vision"], tie_word_embeddings=known["tied"]
+    )
+
+
+def decoder_config(name: str) -> PreTrainedConfig:
+    if Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)
+    if name not in KNOWN_DECODERS:
+        raise VitalError(
+            f"text_decoder: expected a directory or one of {sorted(KNOWN_DECODERS)} to plan with, got {name!r}"
+        )
+    return Qwen3Config(**QWEN3, **KNOWN_DECODERS[name], num_attention_heads=16, tie_word_embeddings=True)
+
+
+def print_plan(recipe: VitalRecipe, found: Plan) -> None:
+    console = Console()
+    table = Table("module", "parameters", "millions")
+    for name, count in found.parameters.items():
+        table.add_row(name, f"{count:,}", f"{count / 1e6:,.1f}")
+    table.add_row("trainable", f"{found.trainable:,}", f"{found.trainable / 1e6:,.1f}", style="bold")
+    console.print(table)
+    table = Table("phase", "K", "epochs", "samples an epoch", "steps")
+    for number, (phase, samples, steps) in enumerate(zip(recipe.phases, found.samples, found.steps, strict=True), 1):
+        table.add_row(
+            str(number), f"{phase.min_steps}..{phase.max_steps}", str(phase.epochs), f"{samples:,}", f"{steps:,}"
+        )
+    console.print(table)
+    console.print(
+        f"weights, gradients and optimiser state: {found.weight_bytes / 2**30:.1f} GiB over all processes that share "
+        "them; activations come on top"
+    )
