@@ -100,16 +100,43 @@ def data_phantom(arguments: argparse.Namespace) -> None:
     print(json.dumps({"out": str(arguments.out), "phantoms": arguments.count}) if arguments.json else arguments.out)
 
 
+def data_roi(arguments: argparse.Namespace) -> None:
+    """Add ROI features, by any SigLIP or CLIP vision encoder, to the samples table of a data set with masks."""
+    with _needs("train"):
+        from vitalrt_training.data.roi_columns import add_roi_features
+    add_roi_features(arguments.data, arguments.encoder, arguments.device)
+    print(json.dumps({"data": str(arguments.data)}) if arguments.json else arguments.data)
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train a recipe; run again with the same --out to go on after an interruption."""
     with _needs("train"):
-        from vitalrt_training.recipes import RECIPES, with_settings
-        from vitalrt_training.trainer import train as run_training
+        from vitalrt_training.encoder import EncoderRecipe, train_encoder
+        from vitalrt_training.plan import plan, print_plan
+        from vitalrt_training.recipes import RECIPES, VitalRecipe, with_settings
+        from vitalrt_training.trainer import train as train_phantom
+        from vitalrt_training.vital_trainer import train_vital
     if arguments.recipe not in RECIPES:
         raise VitalError(f"recipe: expected one of {sorted(RECIPES)}, got {arguments.recipe!r}")
     recipe = with_settings(RECIPES[arguments.recipe](), dict(_setting(text) for text in arguments.set))
-    directory = run_training(recipe, arguments.out)
-    print(json.dumps({"model": str(directory)}) if arguments.json else directory)
+    if arguments.dry_run:
+        if not isinstance(recipe, VitalRecipe):
+            raise VitalError(f"--dry-run: expected a recipe over a given backbone, got {arguments.recipe!r}")
+        found = plan(recipe)
+        if arguments.json:
+            print(json.dumps(found.as_dict(), indent=2))
+        else:
+            print_plan(recipe, found)
+        return
+    if arguments.out is None:
+        raise VitalError("--out: expected a directory for the run")
+    if isinstance(recipe, VitalRecipe):
+        directory = train_vital(recipe, arguments.out)
+    elif isinstance(recipe, EncoderRecipe):
+        directory = train_encoder(recipe, arguments.out)
+    else:
+        directory = train_phantom(recipe, arguments.out)
+    print(json.dumps({"directory": str(directory)}) if arguments.json else directory)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -153,11 +180,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
 
     verb = _verb(verbs, "train", train)
-    verb.add_argument("recipe", metavar="RECIPE", help="phantom")
+    verb.add_argument("recipe", metavar="RECIPE", help="phantom, phantom_encoder, vital_8b or vital_2b")
     verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe"
     )
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+    verb.add_argument("--dry-run", action="store_true", help="print parameter counts, steps and memory; train nothing")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="where the run lives, and goes on after an interruption")
 
     verb = _verb(verbs, "eval", evaluate)
     _add_phantoms(verb, split="test", seed=0, count=2000)

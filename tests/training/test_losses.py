@@ -89,5 +89,5 @@ def test_two_halves_divided_by_their_common_count_are_the_whole():
     has_step = torch.tensor([[True, True], [True, False], [False, False], [True, True]])
     whole = visual_loss(projected, targets, has_step, "mean")
     halves = [visual_loss(projected[rows], targets[rows], has_step[rows], "mean") for rows in ([0, 2], [1, 3])]
-    together = sum(half.total for half in halves) / sum(half.count for half in halves)
+    together = sum(half.total for half in halves) / sum(half.counted for half in halves)
     torch.testing.assert_close(together, whole.value())

@@ -18,7 +18,7 @@ class AdapterConfig:
     """rank r, alpha (the update is scaled by alpha / r) and dropout of every projection of every decoder layer."""
 
     rank: int = 64
-    alpha: float = 128
+    alpha: int = 128
     dropout: float = 0.05
 
     def __post_init__(self) -> None:

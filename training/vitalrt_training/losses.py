@@ -44,11 +44,11 @@ class Mean(NamedTuple):
     """A mean that has not been divided yet, so that several processes can divide by what they counted together."""
 
     total: torch.Tensor
-    count: torch.Tensor
+    counted: torch.Tensor
 
     def value(self) -> torch.Tensor:
         """0, with a gradient of 0, where nothing was counted."""
-        return self.total / self.count.clamp(min=1)
+        return self.total / self.counted.clamp(min=1)
 
 
 def task_loss(logits: torch.Tensor, answer_ids: torch.Tensor) -> Mean:

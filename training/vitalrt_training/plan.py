@@ -19,7 +19,13 @@ from vitalrt_training.adapter import attach_adapter
 from vitalrt_training.recipes import VitalRecipe
 
 # Shapes of the models that recipes name, so that a plan needs no network. Source: their config.json on the hub.
-VISION: dict[str, Any] = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "patch_size": 16}
+VISION: dict[str, Any] = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "patch_size": 16,
+}
 KNOWN_BACKBONES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-VL-8B-Instruct": {
         "text": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32},

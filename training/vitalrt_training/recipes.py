@@ -10,6 +10,7 @@ from vitalrt.config import MAX_LATENT_STEPS
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import PROJECTORS
 from vitalrt_training.adapter import AdapterConfig
+from vitalrt_training.encoder import EncoderRecipe, phantom_encoder
 from vitalrt_training.losses import LossConfig
 
 
@@ -66,11 +67,11 @@ def phantom() -> PhantomRecipe:
     """The bundled checkpoint: about an hour on two CPU cores."""
     return PhantomRecipe(
         seed=0,
-        vision_steps=200,
+        vision_steps=400,
         vision_images_per_batch=48,
         vision_learning_rate=2e-3,
-        aloud_steps=600,
-        steps=1200,
+        aloud_steps=400,
+        steps=1000,
         images_per_batch=16,
         learning_rate=1e-3,
         warmup_steps=100,
@@ -182,8 +183,13 @@ def vital_2b() -> VitalRecipe:
     return replace(vital_8b(), backbone="Qwen/Qwen3-VL-2B-Instruct", text_decoder="Qwen/Qwen3-0.6B")
 
 
-Recipe = PhantomRecipe | VitalRecipe
-RECIPES: dict[str, Callable[[], Recipe]] = {"phantom": phantom, "vital_8b": vital_8b, "vital_2b": vital_2b}
+Recipe = PhantomRecipe | EncoderRecipe | VitalRecipe
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "phantom": phantom,
+    "phantom_encoder": phantom_encoder,
+    "vital_8b": vital_8b,
+    "vital_2b": vital_2b,
+}
 
 
 def with_settings(recipe: Any, settings: Mapping[str, str]) -> Any:

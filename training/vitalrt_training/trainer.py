@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
@@ -29,6 +27,14 @@ from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.latent_loop import run_loop
 from vitalrt_training.losses import IGNORED, task_loss
 from vitalrt_training.recipes import PhantomRecipe
+from vitalrt_training.run_files import (
+    claim_directory,
+    progress_bar,
+    replacing_directory,
+    restore_state,
+    save_state,
+    trim_log,
+)
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 from vitalrt_training.vision_warmup import SegmentingTower, segmentation_loss
 
@@ -79,7 +85,11 @@ def _vision_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration,
 
 
 def _aloud_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
-    """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there."""
+    """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there.
+
+    From here on the tower is frozen: the first gradients of an untrained decoder would undo what it has learnt.
+    """
+    model.model.visual.requires_grad_(False)
     batches = PhantomBatches(base_dir, ALOUD_SEED + recipe.seed, recipe.images_per_batch)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -110,9 +120,9 @@ def _loop_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, b
 def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
     optimizer = torch.optim.AdamW(_parameter_groups(stage.module, recipe), betas=(0.9, 0.98), fused=True)
     state_path = run_dir / f"{stage.name}.pt"
-    first_step = _restore(state_path, stage.module, optimizer)
-    _trim_log(run_dir / "log.jsonl", stage.name, first_step)
-    with _progress_bar() as bar, (run_dir / "log.jsonl").open("a") as log:
+    first_step = restore_state(state_path, stage.module, optimizer)
+    trim_log(run_dir / "log.jsonl", stage.name, first_step)
+    with progress_bar() as bar, (run_dir / "log.jsonl").open("a") as log:
         task = bar.add_task(stage.name, total=stage.steps, completed=first_step, status="")
         for step in range(first_step, stage.steps):
             started = time.perf_counter()
@@ -123,7 +133,7 @@ def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
             log.write(json.dumps(record) + "\n")
             log.flush()
             if (step + 1) % recipe.checkpoint_every == 0 or step + 1 == stage.steps:
-                _save_state(state_path, stage.module, optimizer, step + 1)
+                save_state(state_path, stage.module, optimizer, step + 1)
             status = f"loss {record['loss']:.3f}  {record['samples'] / record['seconds']:.0f} samples/s"
             bar.update(task, advance=1, status=status)
 
@@ -169,95 +179,42 @@ def _step(
 
 
 def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
-    """Write recipe and base files (tokenizer, preprocessor, config) once; a later call must bring the same recipe."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    wanted = json.dumps(asdict(recipe), indent=2) + "\n"
-    recipe_path = run_dir / "recipe.json"
-    if recipe_path.is_file() and recipe_path.read_text() != wanted:
-        raise VitalError(f"out: {run_dir} holds a run of another recipe; choose another directory or remove it")
+    """Claim the directory and write the base files (tokenizer, preprocessor, config) once."""
+    claim_directory(run_dir, json.dumps(asdict(recipe), indent=2) + "\n")
     base_dir = run_dir / "base"
     if not base_dir.is_dir():
-        unfinished = run_dir / "base.partial"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
         texts = []
         for index in range(recipe.tokenizer_images):
             for sample in ask(draw_phantom("train", TOKENIZER_SEED, index)):
                 texts += [sample.question, sample.answer, *sample.chain]
         tokenizer = train_tokenizer(texts, recipe.vocab_size)
-        save_tokenizer(tokenizer, unfinished)
-        save_preprocessor(unfinished)
-        phantom_config(tokenizer).save_pretrained(unfinished)
-        generation_config(tokenizer).save_pretrained(unfinished)
-        unfinished.rename(base_dir)
-    _write_atomically(recipe_path, wanted)
+        with replacing_directory(base_dir) as partial:
+            save_tokenizer(tokenizer, partial)
+            save_preprocessor(partial)
+            phantom_config(tokenizer).save_pretrained(partial)
+            generation_config(tokenizer).save_pretrained(partial)
     return base_dir
 
 
 def _parameter_groups(module: nn.Module, recipe: PhantomRecipe) -> list[dict[str, Any]]:
     """Weight decay on matrices only."""
-    parameters = list(module.parameters())
+    parameters = [p for p in module.parameters() if p.requires_grad]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-def _save_state(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save({"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, partial)
-    os.replace(partial, path)
-
-
-def _restore(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Step to go on from."""
-    if not path.is_file():
-        return 0
-    state = torch.load(path, weights_only=True)
-    module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _trim_log(path: Path, stage: str, first_step: int) -> None:
-    """Drop the lines of steps that will be done again."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        records = [json.loads(line) for line in lines]
-        kept = [ln for ln, r in zip(lines, records, strict=True) if r["stage"] != stage or r["step"] < first_step]
-        _write_atomically(path, "".join(line + "\n" for line in kept))
-
-
 def _export(model: Qwen3VLForConditionalGeneration, recipe: PhantomRecipe, base_dir: Path, run_dir: Path) -> Path:
     """An ordinary Hugging Face directory in bf16, with vital.json beside it."""
-    partial, final = run_dir / "model.partial", run_dir / "model"
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(base_dir, partial)
-    model.bfloat16().save_pretrained(partial)
-    shutil.copy(base_dir / "generation_config.json", partial)
     vital = {
         "k": recipe.default_k,
         "feedback": "final_norm",
         "provenance": f"vitalrt phantoms, trained from scratch, seed {recipe.seed}, {recipe.steps} steps",
     }
-    (partial / "vital.json").write_text(json.dumps(vital, indent=2) + "\n")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    return final
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
-def _progress_bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
+    directory = run_dir / "model"
+    with replacing_directory(directory) as partial:
+        model.bfloat16().save_pretrained(partial)
+        shutil.copytree(base_dir, partial, dirs_exist_ok=True, ignore=shutil.ignore_patterns("config.json"))
+        (partial / "vital.json").write_text(json.dumps(vital, indent=2) + "\n")
+    return directory

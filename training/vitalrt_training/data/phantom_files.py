@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -28,27 +26,9 @@ from vitalrt.errors import VitalError
 from vitalrt_training.data.drawing import draw_phantom
 from vitalrt_training.data.questions import ask
 from vitalrt_training.data.records import Phantom
+from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, write_rows
 
 SOURCE = "phantom"
-IMAGES_SCHEMA = pa.schema(
-    [(name, pa.string()) for name in ("id", "path", "sha256", "modality", "source", "split", "volume_id")]
-)
-SAMPLES_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("image_id", pa.string()),
-        ("question", pa.string()),
-        ("answer", pa.string()),
-        ("question_type", pa.string()),
-        ("target_name", pa.string()),
-        ("target_type", pa.string()),
-        ("chain", pa.list_(pa.string())),
-        ("roi_feature", pa.list_(pa.float32())),
-        ("global_feature", pa.list_(pa.float32())),
-        ("encoder_id", pa.string()),
-        ("provenance", pa.string()),
-    ]
-)
 
 
 def write_phantoms(out_dir: str | os.PathLike[str], split: str, seed: int, count: int) -> None:
@@ -95,8 +75,8 @@ def _write_all(root: Path, split: str, seed: int, count: int) -> None:
                 samples.append(row)
                 extra = {"image": image_row["path"], "modality": phantom.modality, "closed": closed}
                 lines.write(json.dumps(row | extra) + "\n")
-    pq.write_table(pa.Table.from_pylist(images, schema=IMAGES_SCHEMA), root / "images.parquet")
-    pq.write_table(pa.Table.from_pylist(samples, schema=SAMPLES_SCHEMA), root / "samples.parquet")
+    write_rows(root / "images.parquet", images, IMAGES_SCHEMA)
+    write_rows(root / "samples.parquet", samples, SAMPLES_SCHEMA)
 
 
 def _write_images(root: Path, phantom: Phantom) -> dict[str, Any]:

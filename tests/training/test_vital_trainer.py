@@ -1,0 +1,275 @@
+"""VITAL's trainer on tiny tables: losses, resuming, several processes, and the adapter that the runtime merges."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+import vitalrt
+from vitalrt.errors import VitalError
+from vitalrt.model.scaffold import Scaffold
+from vitalrt_training import recipes, vital_trainer
+from vitalrt_training.adapter import AdapterConfig
+from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
+from vitalrt_training.data.phantom import ask, draw_phantom
+from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, write_rows
+from vitalrt_training.losses import LossConfig
+from vitalrt_training.recipes import Phase, vital_8b
+from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
+from vitalrt_training.vital_trainer import VitalRun, train_vital
+
+FEATURE_WIDTH = 12
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """Backbone, text decoder and tables of six phantoms; every fourth sample lacks its ROI feature."""
+    root = tmp_path_factory.mktemp("vital")
+    backbone, decoder, data = (root / name for name in ("backbone", "decoder", "data"))
+    for directory in (backbone, decoder, data):
+        directory.mkdir()
+    phantoms = [draw_phantom("train", 5, index) for index in range(6)]
+    samples = [sample for phantom in phantoms for sample in ask(phantom)]
+    tokenizer = train_tokenizer([t for s in samples for t in (s.question, s.answer, *s.chain)], 400)
+    for directory in (backbone, decoder):
+        save_tokenizer(tokenizer, directory)
+    save_preprocessor(backbone)
+    new_backbone(phantom_config(tokenizer), seed=0).save_pretrained(backbone)
+    generation_config(tokenizer).save_pretrained(backbone)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(1)
+    Qwen3ForCausalLM(config).save_pretrained(decoder)
+    write_tables(data, phantoms)
+    return replace(
+        vital_8b(),
+        backbone=str(backbone),
+        text_decoder=str(decoder),
+        data=str(data),
+        feature_width=FEATURE_WIDTH,
+        adapter=AdapterConfig(rank=4, alpha=8, dropout=0.0),
+        batch_size=4,
+        learning_rate=1e-3,
+        precision="no",
+        checkpoint_every=2,
+    )
+
+
+def write_tables(folder, phantoms):
+    rng = np.random.default_rng(0)
+    images, rows = [], []
+    for phantom in phantoms:
+        name = f"{phantom.index}.png"
+        Image.fromarray(phantom.image).save(folder / name)
+        images.append(
+            {
+                "id": name,
+                "path": name,
+                "sha256": "0",
+                "modality": phantom.modality,
+                "source": "phantom",
+                "split": "train",
+                "volume_id": name,
+            }
+        )
+        for sample in ask(phantom):
+            feature = rng.normal(size=FEATURE_WIDTH)
+            rows.append(
+                {
+                    "id": f"s{len(rows)}",
+                    "image_id": name,
+                    "question": sample.question,
+                    "answer": sample.answer,
+                    "question_type": sample.question_type,
+                    "target_name": sample.target_name,
+                    "target_type": sample.target_type,
+                    "chain": list(sample.chain),
+                    "roi_feature": None if len(rows) % 4 == 0 else (feature / np.linalg.norm(feature)).tolist(),
+                    "encoder_id": "random",
+                    "provenance": "test",
+                }
+            )
+    write_rows(folder / "images.parquet", images, IMAGES_SCHEMA)
+    write_rows(folder / "samples.parquet", rows, SAMPLES_SCHEMA)
+
+
+@pytest.fixture(autouse=True)
+def short_schedule(monkeypatch):
+    monkeypatch.setitem(recipes.SCHEDULES, "three_phase", (Phase(0, 1, 1), Phase(0, 64, 1)))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(recipes.SCHEDULES, "three_phase", (Phase(0, 1, 1), Phase(0, 64, 1)))
+        run_dir = tmp_path_factory.mktemp("run")
+        train_vital(recipe, run_dir)
+    return run_dir
+
+
+def losses(run_dir):
+    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+    return [(r["stage"], r["step"], r["loss_task"], r["loss_text"], r["loss_visual"]) for r in records]
+
+
+def test_the_adapter_is_what_the_runtime_merges(recipe, finished):
+    """Latents and first-token logits of the training graph in eval mode equal the runtime's."""
+    run = VitalRun(recipe, finished, vital_trainer.Accelerator())
+    run.model.eval()
+    rows = list(range(5))
+    batch = run.collator.collate(rows)
+    with torch.no_grad():
+        loop = run.model.think(batch)
+    runtime = vitalrt.load(recipe.backbone, adapter=finished / "adapter", device="cpu")
+    samples = sorted((run.tables.samples[row] for row in rows), key=lambda s: batch.sample_ids.index(s["id"]))
+    row_of = {run.tables.samples[row]["id"]: row for row in rows}
+    prompts = [runtime.prepare(run.tables.read_picture(row_of[s["id"]]), s["question"]) for s in samples]
+    answers = runtime.run(prompts, k=batch.num_steps.tolist(), max_new_tokens=1, return_logits=True)
+    for n, answer in enumerate(answers):
+        torch.testing.assert_close(answer.logits[0], loop.logits[n, 0], rtol=1e-4, atol=1e-4)
+        own = torch.stack([latent[n, 0] for latent in loop.latents[: int(batch.num_steps[n])]])
+        torch.testing.assert_close(answer.latents, own, rtol=1e-4, atol=1e-4)
+
+
+def test_scaffolding_changes_nothing_about_the_deployed_model(recipe, finished):
+    with_scaffold = vitalrt.load(recipe.backbone, adapter=finished / "adapter", device="cpu")
+    assert Scaffold.load(finished / "adapter").projector.variant == "res_mlp_ln"
+    for name in ("scaffold.safetensors", "scaffold.json"):
+        (finished / "adapter" / name).rename(finished / name)
+    try:
+        without = vitalrt.load(recipe.backbone, adapter=finished / "adapter", device="cpu")
+    finally:
+        for name in ("scaffold.safetensors", "scaffold.json"):
+            (finished / name).rename(finished / "adapter" / name)
+    pairs = zip(with_scaffold.weights.named_parameters(), without.weights.named_parameters(), strict=True)
+    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
+    prompt = vitalrt.Prompt([1, 2, 3])
+    answers = [model.run([prompt], k=2, max_new_tokens=4)[0] for model in (with_scaffold, without)]
+    assert answers[0].token_ids == answers[1].token_ids
+    assert torch.equal(answers[0].latents, answers[1].latents)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(recipe, finished, tmp_path, monkeypatch):
+    do_step = VitalRun._step
+
+    def fail(self, optimizer, rows, phase, step, num_steps):
+        if phase == 1 and step == 3:
+            raise KeyboardInterrupt
+        return do_step(self, optimizer, rows, phase, step, num_steps)
+
+    monkeypatch.setattr(VitalRun, "_step", fail)
+    with pytest.raises(KeyboardInterrupt):
+        train_vital(recipe, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setitem(recipes.SCHEDULES, "three_phase", (Phase(0, 1, 1), Phase(0, 64, 1)))
+    train_vital(recipe, tmp_path)
+    assert losses(tmp_path) == losses(finished)
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_two_processes_have_the_losses_of_one(recipe, tmp_path):
+    """gloo on the CPU, same global batch, no dropout (each process draws its own)."""
+    recipe = replace(recipe, projector="linear")
+    train_vital(recipe, tmp_path / "one")
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import pickle, sys\n"
+        "from pathlib import Path\n"
+        "from vitalrt_training import recipes\n"
+        "from vitalrt_training.recipes import Phase\n"
+        "from vitalrt_training.vital_trainer import train_vital\n"
+        "recipes.SCHEDULES['three_phase'] = (Phase(0, 1, 1), Phase(0, 64, 1))\n"
+        "train_vital(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))\n"
+    )
+    (tmp_path / "recipe.pickle").write_bytes(pickle.dumps(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    finished_command = subprocess.run(
+        [*command, str(tmp_path / "recipe.pickle"), str(tmp_path / "two")],
+        env=environment,
+        timeout=300,
+        capture_output=True,
+        text=True,
+    )
+    assert finished_command.returncode == 0, finished_command.stderr[-3000:]
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one[:2] == two[:2]
+        assert two[2:] == pytest.approx(one[2:], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("switches", "present"),
+    [
+        (LossConfig(text_weight=0.0, visual_weight=0.0), {"task"}),
+        (LossConfig(visual_weight=0.0), {"task", "text"}),
+        (LossConfig(text_weight=0.0), {"task", "visual"}),
+    ],
+)
+def test_a_loss_that_is_switched_off_trains_nothing(recipe, tmp_path, switches, present):
+    run = VitalRun(replace(recipe, losses=switches), tmp_path, vital_trainer.Accelerator())
+    found = run.model(run.collator.collate([0, 1, 2]))
+    assert set(found) == present
+    text_trains = any(p.requires_grad for p in run.model.scaffold.text_decoder.parameters())
+    assert text_trains == ("text" in present)
+
+
+def test_every_loss_reaches_adapter_and_scaffolding(recipe, tmp_path):
+    run = VitalRun(recipe, tmp_path, vital_trainer.Accelerator())
+    found = run.model(run.collator.collate([1, 2, 3, 5]))
+    adapter = [p for n, p in run.model.backbone.named_parameters() if "lora_B" in n and "layers.0.self_attn.q" in n]
+    for name, parameters in (
+        ("task", adapter),
+        ("text", [*adapter, run.model.scaffold.pj_in.weight]),
+        ("visual", [*adapter, *run.model.scaffold.projector.parameters()]),
+    ):
+        gradients = torch.autograd.grad(found[name].value(), parameters, retain_graph=True)
+        assert all(gradient.abs().max() > 0 for gradient in gradients), name
+
+
+def test_an_exploding_loss_stops_the_run_and_names_samples_and_state(recipe, tmp_path):
+    with pytest.raises(VitalError, match=r"step 0 of phase 1, samples \['s\d+'.*state.pt"):
+        train_vital(replace(recipe, loss_limit=1e-6), tmp_path)
+
+
+def test_a_full_disk_leaves_the_last_good_state(recipe, tmp_path, monkeypatch):
+    save = torch.save
+    calls = []
+
+    def fill_up(state, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half a state")
+            raise OSError(28, "No space left on device")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    with pytest.raises(OSError, match="No space"):
+        train_vital(recipe, tmp_path)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (state["phase"], state["step"]) == (0, 2)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_too_few_samples_for_a_phase_is_an_error(recipe, tmp_path):
+    with pytest.raises(VitalError, match="batch_size"):
+        train_vital(replace(recipe, batch_size=1000), tmp_path)

@@ -1,0 +1,1 @@
+"""Ways of training a latent reasoner, on one backbone and one data path."""

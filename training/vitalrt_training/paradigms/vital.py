@@ -1,0 +1,128 @@
+"""VITAL: LoRA and scaffolding over a frozen backbone, every latent supervised in words and in pictures (section 3.3).
+
+N samples, K most latent steps of the batch, L tokens of a reasoning step, d width, v feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Qwen3VLForConditionalGeneration
+
+from vitalrt.model.scaffold import Scaffold
+from vitalrt_training.data.batches import Asked, Batch, Collator, pad_targets
+from vitalrt_training.data.tables import Tables
+from vitalrt_training.latent_loop import LoopOutput, run_loop
+from vitalrt_training.losses import LossConfig, Mean, task_loss, text_loss, visual_loss, visual_targets
+
+
+@dataclass(frozen=True)
+class VitalBatch:
+    """prompt: pictures, questions, answers.  num_steps: [N], each sample's K.  sample_ids: for messages.
+
+    chain_ids: [N, K, L], IGNORED where a step is shorter or missing.  roi, global_feature: [N, v], zeros where has_roi
+    is False, which losses leave out; global_feature is None where the table has none.
+    """
+
+    prompt: Batch
+    num_steps: torch.Tensor
+    chain_ids: torch.Tensor
+    roi: torch.Tensor
+    has_roi: torch.Tensor
+    global_feature: torch.Tensor | None
+    sample_ids: list[str]
+
+
+class VitalCollator:
+    """Rows of the samples table to a VitalBatch. Questions about one picture share its encoding."""
+
+    def __init__(self, directory: Path, chain_tokenizer: Any, tables: Tables, feature_width: int) -> None:
+        """directory: the backbone's tokenizer and preprocessor files.  chain_tokenizer: the text decoder's."""
+        self.collator = Collator(directory)
+        self.chain_tokenizer = chain_tokenizer
+        self.tables = tables
+        self.feature_width = feature_width
+
+    def collate(self, rows: Sequence[int]) -> VitalBatch:
+        rows = sorted(rows, key=lambda row: int(self.tables.image_rows[row]))
+        samples = [self.tables.samples[row] for row in rows]
+        asked: list[Asked] = []
+        image_of_last = None
+        for row, sample in zip(rows, samples, strict=True):
+            image = int(self.tables.image_rows[row])
+            if image != image_of_last:
+                asked.append(Asked(self.tables.read_picture(row), []))
+                image_of_last = image
+            asked[-1] = Asked(asked[-1].picture, [*asked[-1].questions, (sample["question"], sample["answer"])])
+        features = [sample["roi_feature"] for sample in samples]
+        overall = [sample["global_feature"] for sample in samples]
+        return VitalBatch(
+            self.collator.collate(asked),
+            torch.tensor([len(sample["chain"]) for sample in samples]),
+            self._chain_ids([sample["chain"] for sample in samples]),
+            self._stack(features),
+            torch.tensor([feature is not None for feature in features]),
+            None if any(feature is None for feature in overall) else self._stack(overall),
+            [sample["id"] for sample in samples],
+        )
+
+    def _chain_ids(self, chains: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Every step ends with the decoder's end token, so that it can be decoded on its own later."""
+        longest = max(map(len, chains))
+        end = [self.chain_tokenizer.eos_token_id]
+        steps = [
+            self.chain_tokenizer(chain[step], add_special_tokens=False)["input_ids"] + end if step < len(chain) else []
+            for chain in chains
+            for step in range(longest)
+        ]
+        return pad_targets(steps).view(len(chains), longest, -1)
+
+    def _stack(self, features: Sequence[Sequence[float] | None]) -> torch.Tensor:
+        nothing = torch.zeros(self.feature_width)
+        return torch.stack([nothing if feature is None else torch.tensor(feature) for feature in features])
+
+
+class VitalModel(nn.Module):
+    """backbone: a Qwen3-VL under PEFT.  A loss of weight 0 is not computed and its scaffolding gets no gradient."""
+
+    def __init__(self, backbone: PeftModel, scaffold: Scaffold, losses: LossConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.scaffold = scaffold
+        self.losses = losses
+        for part, weight in (
+            (scaffold.text_decoder, losses.text_weight),
+            (scaffold.pj_in, losses.text_weight),
+            (scaffold.projector, losses.visual_weight),
+        ):
+            part.requires_grad_(weight > 0)
+
+    def forward(self, batch: VitalBatch) -> dict[str, Mean]:
+        """The losses that are switched on, by name, unweighted."""
+        loop = self.think(batch)
+        found = {"task": task_loss(loop.logits, batch.prompt.answer_ids)}
+        if not loop.latents:
+            return found
+        z = torch.cat(loop.latents, dim=1)
+        if self.losses.text_weight:
+            found["text"] = text_loss(self.scaffold.text_logits(z, batch.chain_ids), batch.chain_ids)
+        if self.losses.visual_weight:
+            targets = visual_targets(
+                batch.roi, batch.global_feature, batch.num_steps, z.shape[1], self.losses.visual_target
+            )
+            has_step = loop.has_step & batch.has_roi[:, None]
+            found["visual"] = visual_loss(self.scaffold.projector(z), targets, has_step, self.losses.visual_reduction)
+        return found
+
+    def think(self, batch: VitalBatch) -> LoopOutput:
+        backbone = cast(Qwen3VLForConditionalGeneration, self.backbone.get_base_model())
+        return run_loop(backbone, batch.prompt, batch.num_steps)
+
+    def weight_of(self, name: str) -> float:
+        return {"task": 1.0, "text": self.losses.text_weight, "visual": self.losses.visual_weight}[name]
