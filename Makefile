@@ -1,7 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves; the second time they start at once.
 
 IMAGE := examples/demo.png
-QUESTION := Is the liver visible?
+QUESTION := Where is the cyst?
 
 PYTHON ?= python3
 BIN := .venv/bin
