@@ -45,3 +45,35 @@ class BlockPool:
 
     def check_integrity(self) -> None:
         """For tests. Raises RuntimeError when free runs and reference counts disagree."""
+
+class CpuStep:
+    """One decoder step of a running batch on one CPU core, in float32; vitalrt.engine.cpu_step is its caller.
+
+    Takes addresses of contiguous memory (torch.Tensor.data_ptr) and keeps nothing alive. layers: input_norm, qkv,
+    qk_norm, o, post_norm, gate_up and down of each. csrc/cpu_step.hpp has the shapes. Raises ValueError on sizes that
+    make no decoder.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        intermediate_size: int,
+        rms_norm_eps: float,
+        layers: Sequence[Sequence[int]],
+        final_norm: int,
+        inverse_frequencies: int,
+        k_cache: int,
+        v_cache: int,
+        num_slots: int,
+    ) -> None: ...
+    def run(
+        self, batch: int, row_length: int, slots: int, lengths: int, positions: int, inputs: int, hidden: int
+    ) -> None:
+        """Append one token per row to the cache and write hidden, in place. Any number of threads; releases the GIL.
+
+        Raises IndexError, touching nothing, where a row has no slot left or a slot is not in the cache.
+        """

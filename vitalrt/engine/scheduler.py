@@ -10,6 +10,7 @@ import torch
 
 from vitalrt.config import EngineConfig
 from vitalrt.engine.cache import PagedCache
+from vitalrt.engine.cpu_step import CpuStep, why_not_cpu_step
 from vitalrt.engine.request import Decoding
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Sequence
@@ -35,6 +36,7 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         weight = model.decoder.embed.weight
         self.cache = PagedCache(model.config.decoder, config, weight.device, weight.dtype)
+        self.cpu_step = CpuStep(model.decoder, self.cache) if why_not_cpu_step(model.decoder) is None else None
         self._waiting: deque[Sequence] = deque()
         self._batch = RunningBatch([], weight.new_empty(0, model.config.decoder.hidden_size))
         self._lock = threading.RLock()
@@ -153,7 +155,7 @@ class Engine:
                 inputs = torch.where(torch.tensor(thinking, device=inputs.device)[:, None], inputs, embedded)
             else:
                 inputs = embedded
-        batch.step(self.model, self.cache, inputs)
+        batch.step(self.model, self.cache, inputs, self.cpu_step)
         for row, sequence in enumerate(batch.sequences):
             if thinking[row]:
                 sequence.latents.append(batch.hidden[row])

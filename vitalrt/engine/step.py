@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
+from vitalrt.engine.cpu_step import MAX_BATCH, CpuStep
 from vitalrt.engine.sequence import Sequence
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import decode_attention, kv_append
@@ -23,23 +24,23 @@ def prefill(model: Qwen3VL, cache: PagedCache, sequences: Many[Sequence]) -> tor
     """
     device = cache.k.device
     lengths = [sequence.prompt.num_tokens for sequence in sequences]
-    ids = torch.cat([sequence.prompt.input_ids for sequence in sequences]).to(device)
+    ids = torch.cat([sequence.prompt.input_ids for sequence in sequences])
     positions = torch.cat([sequence.positions for sequence in sequences], dim=1).to(device)
     slots = torch.cat([_slots(sequence)[:length] for sequence, length in zip(sequences, lengths, strict=True)])
-    x = model.decoder.embed(ids)
+    x = model.decoder.embed(ids.to(device))
     image_rows, deepstack = None, []
     pixels = [s.prompt.pixel_values for s in sequences if s.prompt.pixel_values is not None]
     if pixels:
         grids = [grid for sequence in sequences for grid in sequence.prompt.grids()]
         tokens, deepstack = model.vision(torch.cat(pixels).to(device), grids)
-        image_rows = (ids == model.config.image_token_id).nonzero().flatten()
+        image_rows = (ids == model.config.image_token_id).nonzero().flatten().to(device)
         x = x.index_copy(0, image_rows, tokens.to(x.dtype))
     attend = PrefillAttention(cache, slots, lengths)
-    x = model.decoder(x, positions, attend, image_rows, deepstack)
     last = torch.tensor(lengths, device=device).cumsum(0) - 1
+    hidden = model.decoder(x, positions, attend, image_rows, deepstack, rows=last)
     for sequence, length in zip(sequences, lengths, strict=True):
         sequence.num_tokens = length
-    return model.decoder.norm(x[last])
+    return model.decoder.norm(hidden)
 
 
 class PrefillAttention:
@@ -84,13 +85,24 @@ class RunningBatch:
     def keep(self, rows: list[int]) -> RunningBatch:
         return RunningBatch([self.sequences[row] for row in rows], self.hidden[rows])
 
-    def step(self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor) -> None:
+    def step(self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor, cpu_step: CpuStep | None = None) -> None:
         """Feed one embedding per sequence, append its keys and values to the cache in place, and renew hidden.
 
         inputs: [B, d]: z_{k-1} for a latent step, embed(token) for an answer step. One pass serves both phases.
+        cpu_step: takes torch's place while the batch is small.
         """
-        new_slots = self.slots.gather(1, self.lengths[:, None]).flatten()
+        if cpu_step is not None and len(self.sequences) <= MAX_BATCH:
+            self.hidden = cpu_step(inputs, self.slots, self.lengths, self.positions)
+        else:
+            self.hidden = self._step_in_torch(model, cache, inputs)
         self.lengths += 1
+        self.positions += 1
+        for sequence in self.sequences:
+            sequence.num_tokens += 1
+            sequence.position += 1
+
+    def _step_in_torch(self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor) -> torch.Tensor:
+        new_slots = self.slots.gather(1, self.lengths[:, None]).flatten()
         context: torch.Tensor | slice
         mask = None
         if self._single_run:
@@ -98,7 +110,7 @@ class RunningBatch:
             context = slice(first, first + self.sequences[0].num_tokens + 1)
         else:
             longest = 1 + max(sequence.num_tokens for sequence in self.sequences)
-            is_own = self._columns[:longest] < self.lengths[:, None]
+            is_own = self._columns[:longest] <= self.lengths[:, None]
             # Padding points at the sequence's own first slot: others may hold NaN, and 0 * NaN is NaN.
             context = torch.where(is_own, self.slots[:, :longest], self.slots[:, :1])
             mask = is_own[:, None, None]
@@ -107,12 +119,7 @@ class RunningBatch:
             kv_append(cache.k[layer], cache.v[layer], k, v, new_slots)
             return decode_attention(q, cache.k[layer], cache.v[layer], context, mask)
 
-        x = model.decoder(inputs, self.positions[None], attend)
-        self.hidden = model.decoder.norm(x)
-        self.positions += 1
-        for sequence in self.sequences:
-            sequence.num_tokens += 1
-            sequence.position += 1
+        return model.decoder.norm(model.decoder(inputs, self.positions[None], attend))
 
 
 def _slots(sequence: Sequence) -> torch.Tensor:

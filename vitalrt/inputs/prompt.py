@@ -6,6 +6,7 @@ T tokens, P patches, I images.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor | Non
         return None, None
     pixels = _tensor("pixel_values", pixel_values, "floats [patches, dim]")
     grid = _tensor("image_grid_thw", image_grid_thw, "integers [images, 3]").to("cpu", torch.int64)
-    if pixels.ndim != 2 or not pixels.is_floating_point():
+    if pixels.ndim != 2 or not pixels.shape[1] or not pixels.is_floating_point():
         raise InputError(
             f"pixel_values: expected floats [patches, dim], got {pixels.dtype} of shape {list(pixels.shape)}"
         )
@@ -103,7 +104,7 @@ def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor | Non
         raise InputError(
             f"pixel_values: expected {int(grid.prod(-1).sum())} patches for image_grid_thw, got {len(pixels)}"
         )
-    if not bool(torch.isfinite(pixels).all()):
+    if not all(math.isfinite(extreme) for extreme in pixels.aminmax()):  # NaN is either; no mask of all pixels
         raise InputError("pixel_values: expected finite numbers, got NaN or infinity")
     return pixels, grid
 

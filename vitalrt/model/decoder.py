@@ -33,9 +33,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return wide.to(x.dtype) * self.weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 
 
 class DecoderLayer(nn.Module):
@@ -55,11 +53,22 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend,
+        rows: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x: [T, d].  rows: int64, whose hidden states are wanted; None for all.  Returns [T, d] or [len(rows), d]."""
         qkv = self.qkv(self.input_norm(x)).view(len(x), -1, self.head_dim)
         qk, v = qkv.split((self.num_qk_heads, self.num_kv_heads), dim=1)
         q, k = rotate(self.qk_norm(qk), cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
-        x = x + self.o(attend(self.layer, q, k, v).reshape(len(x), -1))
+        attended = attend(self.layer, q, k, v).flatten(1)
+        if rows is not None:
+            x, attended = x[rows], attended[rows]
+        x = x + self.o(attended)
         gate, up = self.gate_up(self.post_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -83,15 +92,19 @@ class Decoder(nn.Module):
         attend: Attend,
         image_rows: torch.Tensor | None = None,
         deepstack: Sequence[torch.Tensor] = (),
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x: [T, d] input embeddings.  positions: [3, T], or [1, T] where the three axes agree.
 
         image_rows: [V] int64, which of the T rows are visual tokens.  deepstack: features [V, d] added to those rows
-        after layer 0, 1, ...  Returns [T, d] hidden states before the final norm.
+        after layer 0, 1, ...  rows: int64, whose hidden states are wanted; None for all.  Returns them before the final
+        norm, [T, d] or [len(rows), d].
         """
         cos, sin = self.rope(positions, x.dtype)
+        # The last layer need not finish the other rows, unless deepstack still adds to them there.
+        is_cut = rows is not None and len(deepstack) < len(self.layers)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, attend)
+            x = layer(x, cos, sin, attend, rows if is_cut and index == len(self.layers) - 1 else None)
             if image_rows is not None and index < len(deepstack):
                 x = x.index_add(0, image_rows, deepstack[index].to(x.dtype))
-        return x
+        return x if rows is None or is_cut else x[rows]

@@ -5,8 +5,11 @@ T tokens, P patches, D head dim, I images.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from vitalrt.config import DecoderConfig, ModelConfig, VisionConfig
@@ -23,10 +26,11 @@ def mrope_positions(input_ids: torch.Tensor, grids: Sequence[Grid], config: Mode
     positions as its longer side (Qwen3-VL).  Raises InputError if placeholders and grids disagree.
     """
     merge = config.vision.spatial_merge_size
-    is_image = input_ids == config.image_token_id
-    if bool((input_ids == config.video_token_id).any()):
+    ids = input_ids.numpy()
+    is_image = ids == config.image_token_id
+    if (ids == config.video_token_id).any():
         raise InputError("input_ids: expected text and images, got video placeholders")
-    for token_id in (int(input_ids.min()), int(input_ids.max())):
+    for token_id in (int(ids.min()), int(ids.max())):
         if not 0 <= token_id < config.decoder.vocab_size:
             raise InputError(f"input_ids: expected ids from 0 to {config.decoder.vocab_size - 1}, got {token_id}")
     num_expected = sum(t * h * w // merge**2 for t, h, w in grids)
@@ -34,32 +38,26 @@ def mrope_positions(input_ids: torch.Tensor, grids: Sequence[Grid], config: Mode
         raise InputError(
             f"input_ids: expected {num_expected} image placeholders for {len(grids)} images, got {int(is_image.sum())}"
         )
-    pieces: list[torch.Tensor] = []
+    positions = np.empty((3, len(ids)), np.int64)
     cursor = position = 0
-    starts = is_image.nonzero().flatten().tolist()
+    starts = is_image.nonzero()[0]
     taken = 0
     for t, h, w in grids:
         if h % merge or w % merge:
             raise InputError(f"image_grid_thw: expected height and width in multiples of {merge}, got {[t, h, w]}")
-        start = starts[taken]
-        position = _append_text(pieces, position, start - cursor)
         rows, columns = h // merge, w // merge
-        axes = torch.meshgrid(torch.arange(t), torch.arange(rows), torch.arange(columns), indexing="ij")
-        pieces.append(torch.stack(axes).reshape(3, -1) + position)
-        num_tokens = t * rows * columns
-        if starts[taken + num_tokens - 1] != start + num_tokens - 1:
+        start = int(starts[taken])
+        end = start + t * rows * columns
+        taken += end - start
+        if starts[taken - 1] != end - 1:
             raise InputError("input_ids: expected each image's placeholders in one run")
-        cursor, taken = start + num_tokens, taken + num_tokens
+        positions[:, cursor:start] = np.arange(position, position + start - cursor)
+        position += start - cursor
+        positions[:, start:end] = np.indices((t, rows, columns)).reshape(3, -1) + position
         position += max(rows, columns)
-    position = _append_text(pieces, position, len(input_ids) - cursor)
-    positions = torch.cat(pieces, dim=1)
-    return positions, int(positions.max()) + 1
-
-
-def _append_text(pieces: list[torch.Tensor], position: int, num_tokens: int) -> int:
-    if num_tokens:
-        pieces.append(torch.arange(position, position + num_tokens).expand(3, -1))
-    return position + num_tokens
+        cursor = end
+    positions[:, cursor:] = np.arange(position, position + len(ids) - cursor)
+    return torch.from_numpy(positions), int(positions.max()) + 1
 
 
 class MRope(torch.nn.Module):
@@ -93,6 +91,23 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """x: [T, H, D]; cos, sin: [T, 1, D]. Turns the pairs (x_i, x_{i + D/2})."""
     low, high = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class GridTables(NamedTuple):
+    """What the vision tower needs to know about the places of P patches: as grid_taps and vision_rope return it."""
+
+    indices: torch.Tensor
+    weights: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@functools.lru_cache(maxsize=8)
+def grid_tables(grids: tuple[Grid, ...], config: VisionConfig, device: torch.device) -> GridTables:
+    """The tables of these images, one after the other. Images of one size come again and again: the last few stay."""
+    with torch.inference_mode(False):  # whoever asks first: the next call may record gradients
+        coordinates = patch_coordinates(grids, config.spatial_merge_size, device)
+        return GridTables(*grid_taps(coordinates, grids, config), *vision_rope(coordinates, config))
 
 
 def patch_coordinates(grids: Sequence[Grid], merge: int, device: torch.device) -> torch.Tensor:

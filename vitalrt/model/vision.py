@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitalrt.config import VisionConfig
-from vitalrt.model.rope import Grid, grid_taps, patch_coordinates, rotate, vision_rope
+from vitalrt.model.rope import Grid, grid_tables, rotate
 
 EPS = 1e-6
 
@@ -33,9 +33,9 @@ class VisionBlock(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, frame_lengths: Sequence[int]
     ) -> torch.Tensor:
         """x: [P, C]; attention stays within a frame."""
-        qkv = self.qkv(self.norm1(x)).view(len(x), 3, self.num_heads, -1)
-        q, k, v = qkv.unbind(1)
-        q, k = rotate(q.float(), cos, sin).to(x.dtype), rotate(k.float(), cos, sin).to(x.dtype)
+        qkv = self.qkv(self.norm1(x)).view(len(x), 3 * self.num_heads, -1)
+        qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
+        q, k = rotate(qk.float(), cos, sin).to(x.dtype).chunk(2, dim=1)
         x = x + self.proj(_attend_within(q, k, v, frame_lengths))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
@@ -84,11 +84,9 @@ class VisionTower(nn.Module):
         Returns visual tokens [V, d] and, per deepstack layer, features [V, d] for the decoder's first layers.
         """
         config = self.config
-        coordinates = patch_coordinates(grids, config.spatial_merge_size, pixel_values.device)
-        indices, weights = grid_taps(coordinates, grids, config)
+        indices, weights, cos, sin = grid_tables(tuple(grids), config, pixel_values.device)
         x = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
         x = x + (self.pos_embed(indices) * weights[:, :, None]).sum(1).to(x.dtype)
-        cos, sin = vision_rope(coordinates, config)
         frame_lengths = [h * w for t, h, w in grids for _ in range(t)]
         deepstack = []  # in the order of the layers, whatever the order of the indexes
         for layer, block in enumerate(self.blocks):

@@ -1,0 +1,180 @@
+"""The C++ step against the torch step: the same cache, sequences and inputs through both."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from vitalrt import _core
+from vitalrt.describe import describe_model
+from vitalrt.engine import cpu_step
+from vitalrt.engine.cache import PagedCache
+from vitalrt.engine.cpu_step import CpuStep, why_not_cpu_step
+from vitalrt.engine.request import Decoding
+from vitalrt.engine.sequence import Sequence
+from vitalrt.engine.step import RunningBatch
+
+TOLERANCE = 1e-5  # of a row's length
+
+
+def scattered(model, cache: PagedCache, lengths: list[int], seed: int) -> list[Sequence]:
+    """Sequences in the middle of an answer, their pages all over the cache, positions ahead of their tokens."""
+    draw = random.Random(seed)
+    free = draw.sample(range(cache.pool.num_blocks), cache.pool.num_blocks)
+    sequences = []
+    for length in lengths:
+        sequence = Sequence(model.prompt(0), torch.zeros(3, 1), length + draw.randrange(50), Decoding(k=0))
+        sequence.num_tokens = length
+        sequence.pages = [free.pop() for _ in range(cache.num_pages_for(length + 4))]
+        sequence.slots = cache.slots_of(sequence.pages)
+        sequences.append(sequence)
+    return sequences
+
+
+def fill(cache: PagedCache, sequences: list[Sequence], seed: int) -> None:
+    """Random keys and values where the sequences have tokens, NaN everywhere else."""
+    generator = torch.Generator().manual_seed(seed)
+    for numbers in (cache.k, cache.v):
+        numbers.fill_(float("nan"))
+        for sequence in sequences:
+            used = sequence.slots[: sequence.num_tokens]
+            shape = (numbers.shape[0], len(used), *numbers.shape[2:])
+            numbers[:, used] = torch.randn(shape, generator=generator)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (actual - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert actual.shape == expected.shape
+    assert float(error.max()) < TOLERANCE  # NaN is not
+
+
+@pytest.mark.parametrize("seed", range(200, 225))
+@torch.inference_mode()
+def test_random_shapes_and_batches(make_tiny, seed: int) -> None:
+    """Hidden states, and keys and values of every layer, over three steps; slots of others stay as they are."""
+    tiny = make_tiny(seed, random_shape=True)
+    engine = tiny.model.engine
+    cache, draw = engine.cache, random.Random(seed)
+    lengths = [draw.choice([1, 2, 15, 16, 17, 31, 63, 100]) for _ in range(seed % 5 + 1)]
+    results = []
+    for step in (engine.cpu_step, None):
+        sequences = scattered(tiny, cache, lengths, seed)
+        fill(cache, sequences, seed)
+        inputs = torch.randn(len(lengths), engine.model.config.decoder.hidden_size, generator=torch.manual_seed(seed))
+        batch = RunningBatch(sequences, inputs)
+        hidden = []
+        for _ in range(3):
+            batch.step(engine.model, cache, batch.hidden, step)
+            hidden.append(batch.hidden)
+        assert batch.lengths.tolist() == [length + 3 for length in lengths]
+        assert batch.positions.tolist() == [sequence.position for sequence in sequences]
+        results.append((torch.stack(hidden), cache.k.clone(), cache.v.clone()))
+    (ours, k, v), (expected, k_expected, v_expected) = results
+    assert_close(ours, expected)
+    torch.testing.assert_close(k, k_expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    torch.testing.assert_close(v, v_expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(300, 305))
+@torch.inference_mode()
+def test_a_row_does_not_depend_on_the_others(make_tiny, seed: int) -> None:
+    """To the last bit: the batch only shares the reading of weights."""
+    tiny = make_tiny(seed, random_shape=True)
+    engine, lengths = tiny.model.engine, [5, 40, 1, 16, 23, 2, 33]
+    sequences = scattered(tiny, engine.cache, lengths, seed)
+    fill(engine.cache, sequences, seed)
+    inputs = torch.randn(len(lengths), engine.model.config.decoder.hidden_size)
+
+    def step(rows: slice) -> torch.Tensor:
+        batch = RunningBatch(sequences[rows], inputs[rows])
+        return engine.cpu_step(batch.hidden, batch.slots, batch.lengths, batch.positions)
+
+    together = step(slice(None))
+    for row in range(len(lengths)):
+        assert torch.equal(step(slice(row, row + 1))[0], together[row])
+
+
+@torch.inference_mode()
+def test_far_positions(tiny) -> None:
+    """Angles of thousands of turns are where a sloppy cosine shows."""
+    engine = tiny.model.engine
+    results = []
+    for step in (engine.cpu_step, None):
+        [sequence] = sequences = scattered(tiny, engine.cache, [20], seed=0)
+        fill(engine.cache, sequences, seed=0)
+        sequence.position = 262_143
+        batch = RunningBatch(sequences, torch.randn(1, 48, generator=torch.manual_seed(0)))
+        batch.step(engine.model, engine.cache, batch.hidden, step)
+        results.append(batch.hidden)
+    assert_close(*results)
+
+
+@pytest.mark.parametrize("seed", range(400, 410))
+def test_whole_answers(make_tiny, monkeypatch, seed: int) -> None:
+    """Sequences of any k join and leave; tokens and latents are those of the torch step."""
+    tiny = make_tiny(seed, stop_ids=range(0, 80, 9), random_shape=True)
+    prompts = [tiny.prompt(seed + n, [(1, 2, 1 + n)] * (n % 2), num_text=2 + 7 * n) for n in range(5)]
+    steps = [0, 4, 1, 7, 2]
+    ours = tiny.load().run(prompts, k=steps, max_new_tokens=8)
+    monkeypatch.setattr(cpu_step, "MAX_LAYER_WEIGHTS", 0)
+    in_torch = tiny.load()
+    assert in_torch.engine.cpu_step is None
+    for answer, expected in zip(ours, in_torch.run(prompts, k=steps, max_new_tokens=8), strict=True):
+        assert answer.token_ids == expected.token_ids
+        assert_close(answer.latents, expected.latents) if len(answer.latents) else None
+
+
+@torch.inference_mode()
+def test_numbers_that_are_not_finite_pass_through(tiny) -> None:
+    """A broken sequence shows as NaN, in its own row alone."""
+    engine = tiny.model.engine
+    sequences = scattered(tiny, engine.cache, [9, 9, 9], seed=1)
+    fill(engine.cache, sequences, seed=1)
+    inputs = torch.randn(3, 48)
+    inputs[0, 3], inputs[1, 5] = float("nan"), float("inf")
+    batch = RunningBatch(sequences, inputs)
+    batch.step(engine.model, engine.cache, inputs, engine.cpu_step)
+    assert batch.hidden.isnan().all(dim=1).tolist() == [True, True, False]
+    assert bool(batch.hidden[2].isfinite().all())
+
+
+@torch.inference_mode()
+def test_slots_outside_the_cache_are_refused(tiny) -> None:
+    engine = tiny.model.engine
+    sequences = scattered(tiny, engine.cache, [9, 9], seed=2)
+    batch = RunningBatch(sequences, torch.randn(2, 48))
+    before = engine.cache.k.clone()
+    for slots, lengths in (
+        (batch.slots.clone().fill_(engine.cache.num_tokens), batch.lengths),
+        (batch.slots.clone().fill_(-1), batch.lengths),
+        (batch.slots, batch.lengths + batch.slots.shape[1]),
+        (batch.slots, -batch.lengths),
+    ):
+        with pytest.raises(IndexError, match=r"expected 0 to \d+"):
+            engine.cpu_step(batch.hidden, slots, lengths, batch.positions)
+    assert torch.equal(engine.cache.k.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_shapes_without_a_meaning_are_refused() -> None:
+    good = {
+        **dict.fromkeys(["hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_slots"], 2),
+        **dict.fromkeys(["final_norm", "inverse_frequencies", "k_cache", "v_cache"], 0),
+        "rms_norm_eps": 1e-6,
+        "layers": [],
+    }
+    _core.CpuStep(**good)
+    for bad in ({"num_kv_heads": 3}, {"head_dim": 3}, {"head_dim": 0}, {"hidden_size": -2}, {"num_slots": 0}):
+        with pytest.raises(ValueError, match="shape: expected"):
+            _core.CpuStep(**{**good, **bad})
+
+
+def test_who_uses_it(tiny, monkeypatch) -> None:
+    assert isinstance(tiny.model.engine.cpu_step, CpuStep)
+    assert describe_model(tiny.model)["cpu step"].startswith("in C++")
+    half = tiny.load(dtype="bfloat16")
+    assert half.engine.cpu_step is None
+    assert "not float32" in describe_model(half)["cpu step"]
+    monkeypatch.setattr(cpu_step, "MAX_LAYER_WEIGHTS", 10)
+    assert "a layer has" in why_not_cpu_step(tiny.model.weights.decoder)
