@@ -1,6 +1,36 @@
-"""Operations of the latent loop: a plain torch reference of each, one file per operation."""
+"""Operations of the latent loop, one file each: the mathematics, a plain torch reference, checks, choice of form.
 
+Triton forms live under the same names in vitalrt_kernels.gpu and are imported only where tensors are on a CUDA device,
+so a machine without triton imports and runs everything. docs/numerics.md has a heading for each operation.
+"""
+
+from vitalrt_kernels.backend import why_not_triton
+from vitalrt_kernels.cache_grow import cache_grow
 from vitalrt_kernels.decode_attention import decode_attention
+from vitalrt_kernels.head_argmax import head_argmax
 from vitalrt_kernels.kv_append import kv_append
+from vitalrt_kernels.latent_projector import ProjectorWeights, latent_projector
+from vitalrt_kernels.linear_decode import Int8Weight, Norm, linear_decode, quantise_int8
+from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
+from vitalrt_kernels.paged_attention import paged_attention
+from vitalrt_kernels.rms_norm import rms_norm
+from vitalrt_kernels.tickets import new_tickets
 
-__all__ = ["decode_attention", "kv_append"]
+__all__ = [
+    "Int8Weight",
+    "Norm",
+    "ProjectorWeights",
+    "Rope",
+    "cache_grow",
+    "decode_attention",
+    "head_argmax",
+    "kv_append",
+    "latent_projector",
+    "linear_decode",
+    "new_tickets",
+    "norm_rope_append",
+    "paged_attention",
+    "quantise_int8",
+    "rms_norm",
+    "why_not_triton",
+]

@@ -7,8 +7,8 @@ affine norms are the paper's 21.51 M parameters at d 4096, v 1152), dropout 0.1 
 
 The two products stay with cuBLAS. Around them torch runs LN, GELU, dropout, addition, LN, and backward twice as many
 passes; fused they are three launches forward (LN; GELU + dropout + residual; LN) and three backward. Kept for backward:
-z, a, o and the norms' fp32 statistics. h, n and the dropout mask are recomputed; the mask is a function of seed, row and
-column (Philox 4x32-10), the same on every device and in either form. M rows, d width, v feature width.
+z, a, o and the norms' fp32 statistics. h, n and the dropout mask are recomputed; the mask is a function of seed, row
+and column (Philox 4x32-10), the same on every device and in either form. M rows, d width, v feature width.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ProjectorWeights(NamedTuple):
 
 
 def dropout_mask(shape: tuple[int, int], probability: float, seed: int, device: torch.device) -> torch.Tensor:
-    """[M, d] bool, False where dropped: the first word of Philox 4x32-10 at counter (column, row, 0, 0) and key seed."""
+    """[M, d] bool, False where dropped: by the first word of Philox 4x32-10, counter (column, row, 0, 0), key seed."""
     rows, columns = shape
     c0 = torch.arange(columns, device=device).expand(shape)
     c1 = torch.arange(rows, device=device)[:, None].expand(shape)

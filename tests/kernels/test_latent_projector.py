@@ -25,7 +25,9 @@ def random_case(rows: int, width: int, features: int) -> tuple[torch.Tensor, Pro
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("shape", "dropout"), [((1, 64, 32), 0.0), ((7, 97, 53), 0.1), ((131, 33, 17), 0.6), ((0, 8, 4), 0.1)])
+@pytest.mark.parametrize(
+    ("shape", "dropout"), [((1, 64, 32), 0.0), ((7, 97, 53), 0.1), ((131, 33, 17), 0.6), ((0, 8, 4), 0.1)]
+)
 def test_kernel(dtype: torch.dtype, shape: tuple[int, int, int], dropout: float, device: str, assert_close) -> None:
     """Value and every gradient, against float64 on the same (rounded) inputs."""
     z, weights, cotangent = random_case(*shape)

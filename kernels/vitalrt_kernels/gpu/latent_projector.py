@@ -142,8 +142,8 @@ def backward(
     grad_y: torch.Tensor, z: torch.Tensor, weights: ProjectorWeights, kept: Kept, dropout: float, seed: int
 ) -> tuple[torch.Tensor, ProjectorWeights]:
     """Gradients of z and of the weights."""
-    grad_o, grad_norm_out_weight, grad_norm_out_bias, _ = _normalise_backward(
-        kept.o, weights.norm_out_weight, weights.norm_out_bias, kept.mean_out, kept.rstd_out, grad_y, None
+    grad_o, grad_norm_out_weight, grad_norm_out_bias = _normalise_backward(
+        kept.o, weights.norm_out_weight, weights.norm_out_bias, kept.mean_out, kept.rstd_out, grad_y, None, None
     )
     grad_h = grad_o @ weights.w2
     h, grad_a = torch.empty_like(z), torch.empty_like(z)
@@ -151,8 +151,9 @@ def backward(
         arguments = _dropout_arguments(z, dropout, seed)
         _gelu_residual_backward[_cells(z)](kept.a, z, grad_h, h, grad_a, *arguments, BLOCK=GELU_BLOCK)
     grad_n = grad_a @ weights.w1
-    grad_z, grad_norm_in_weight, grad_norm_in_bias, n = _normalise_backward(
-        z, weights.norm_in_weight, weights.norm_in_bias, kept.mean_in, kept.rstd_in, grad_n, grad_h
+    n = torch.empty_like(z)
+    grad_z, grad_norm_in_weight, grad_norm_in_bias = _normalise_backward(
+        z, weights.norm_in_weight, weights.norm_in_bias, kept.mean_in, kept.rstd_in, grad_n, grad_h, n
     )
     grads = (grad_norm_in_weight, grad_norm_in_bias, grad_a.T @ n, grad_o.T @ h)
     return grad_z, ProjectorWeights(*grads, grad_norm_out_weight, grad_norm_out_bias)
@@ -185,15 +186,15 @@ def _normalise_backward(
     rstd: torch.Tensor,
     grad_y: torch.Tensor,
     added: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Gradients of x (plus `added`), weight and bias; with `added` also y again."""
+    y: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x (plus `added`), weight and bias; where y is given, it is written again."""
     num_rows, width = x.shape
     num_blocks = max(1, min(num_rows, MAX_BACKWARD_BLOCKS))
     grad_x = torch.empty_like(x)
-    y = None if added is None else torch.empty_like(x)
     partial_weight, partial_bias = x.new_empty(2, num_blocks, width, dtype=torch.float32)
     _layer_norm_backward[(num_blocks,)](
         x, weight, bias, mean, rstd, grad_y, added, grad_x, y, partial_weight, partial_bias, num_rows, width,
         BLOCK=triton.next_power_of_2(width), num_warps=BACKWARD_WARPS,
     )  # fmt: skip
-    return grad_x, partial_weight.sum(0).to(x.dtype), partial_bias.sum(0).to(x.dtype), y
+    return grad_x, partial_weight.sum(0).to(x.dtype), partial_bias.sum(0).to(x.dtype)

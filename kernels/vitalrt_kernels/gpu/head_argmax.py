@@ -1,0 +1,70 @@
+"""Triton form of head_argmax."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vitalrt_kernels.gpu.rows_times_weight import add_product, empty_total, finish_total, load_rows
+from vitalrt_kernels.gpu.tickets import is_last_block
+from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
+
+BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode
+SLICES_AT_ONCE = {1: 1024, MAX_ROWS: 256}  # by rows of the tile: what fits in registers
+
+
+@triton.jit
+def _head_argmax_kernel(
+    h_ptr, head_ptr, scale_ptr, best_ptr, best_id_ptr, ticket_ptr, token_ptr, num_rows, vocab, width,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, ROWS)
+    ids = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = empty_total(ROWS, BLOCK_N, BLOCK_K)
+    for start in range(0, width, BLOCK_K):
+        columns = start + tl.arange(0, BLOCK_K)
+        h = load_rows(h_ptr, None, None, num_rows, width, columns, ROWS)
+        total = add_product(total, h, head_ptr, ids, vocab, width, columns, ROWS)
+    logits = finish_total(total, scale_ptr, ids, vocab, ROWS).to(h_ptr.dtype.element_ty).to(tl.float32)
+    logits = tl.where(logits != logits, float("inf"), logits)
+    logits = tl.where((ids < vocab)[None, :], logits, float("-inf"))
+    best, place = tl.max(logits, 1, return_indices=True)
+    num_slices = tl.num_programs(0)
+    slices = rows.to(tl.int64) * num_slices + tl.program_id(0)
+    tl.store(best_ptr + slices, best, mask=rows < num_rows)
+    tl.store(best_id_ptr + slices, tl.program_id(0) * BLOCK_N + place, mask=rows < num_rows)
+    if is_last_block(ticket_ptr, num_slices):
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        token = tl.full([ROWS], 0, tl.int32)
+        for start in range(0, num_slices, SLICES_AT_ONCE):
+            some = start + tl.arange(0, SLICES_AT_ONCE)
+            inside = (rows < num_rows)[:, None] & (some < num_slices)[None, :]
+            cells = rows.to(tl.int64)[:, None] * num_slices + some[None, :]
+            values = tl.load(best_ptr + cells, mask=inside, other=float("-inf"), cache_modifier=".cg")
+            found = tl.load(best_id_ptr + cells, mask=inside, other=0, cache_modifier=".cg")
+            best_here, slice_here = tl.max(values, 1, return_indices=True)
+            token_here = tl.sum(tl.where(tl.arange(0, SLICES_AT_ONCE)[None, :] == slice_here[:, None], found, 0), 1)
+            token = tl.where(best_here > best, token_here, token)  # slices come in order: on a tie the first stays
+            best = tl.maximum(best, best_here)
+        tl.store(token_ptr + rows, token.to(tl.int64), mask=rows < num_rows)
+
+
+def head_argmax(h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor) -> torch.Tensor:
+    values, scale = head if isinstance(head, Int8Weight) else (head, None)
+    sizes = tile(len(h))
+    num_slices = triton.cdiv(len(values), sizes["BLOCK_N"])
+    best = h.new_empty(len(h), num_slices, dtype=torch.float32)
+    best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)
+    token = h.new_empty(len(h), dtype=torch.int64)
+    if len(h):
+        _head_argmax_kernel[(num_slices,)](
+            h, values, scale, best, best_id, tickets, token, len(h), len(values), h.shape[1],
+            SLICES_AT_ONCE=SLICES_AT_ONCE[sizes["ROWS"]], **sizes,
+        )  # fmt: skip
+    return token
+
+
+def tile(num_rows: int) -> dict[str, int]:
+    """Block sizes, by the same reasoning as linear_decode's."""
+    if num_rows == 1:
+        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 8}
+    return {"ROWS": MAX_ROWS, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}

@@ -1,0 +1,115 @@
+"""A linear map of the 1 to 16 rows of a decode step, with what stands before and after it in the layer.
+
+    QKV:      W rms_norm(x)                   O, down:  W x + residual
+    gate/up:  silu(g) * u,  [g | u] = W rms_norm(x)
+
+At these row counts the time is that of reading W once, so the rest must ride along: the norm is computed again by every
+thread block (a row is 8 kB and sits in L2), which costs less than a launch and a round trip of x; SwiGLU and the
+residual are applied to the fp32 sums before their only rounding. Five launches make a layer instead of a dozen.
+
+Weights may be int8 with one fp32 scale per output channel (symmetric, weight-only): half the bytes, and since every
+int8 is exact in fp16 and bf16 the only new error is that of quantise_int8.
+M rows, N outputs, d inputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from vitalrt_kernels.backend import expect, runs_triton, wide
+from vitalrt_kernels.rms_norm import rms_norm_reference
+
+MAX_ROWS = 16
+
+
+class Int8Weight(NamedTuple):
+    """values: [N, d] int8 in -127..127.  scale: [N] fp32.  The weight is values * scale[:, None]."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+
+class Norm(NamedTuple):
+    """weight: [d], dtype of the rows."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+def quantise_int8(weight: torch.Tensor) -> Int8Weight:
+    """weight: [N, d].  Nearest of 255 steps; the largest entry of an output channel becomes 127 or -127."""
+    scale = weight.float().abs().amax(1) / 127
+    # A channel of zeros has scale 0; dividing by 1 instead leaves its zeros as they are.
+    values = (weight.float() / torch.where(scale > 0, scale, 1)[:, None]).round()
+    return Int8Weight(values.to(torch.int8), scale)
+
+
+def linear_decode_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+    swiglu: bool = False,
+) -> torch.Tensor:
+    rows = wide(x if norm is None else rms_norm_reference(x, norm.weight, norm.eps))
+    if isinstance(weight, Int8Weight):
+        y = rows @ weight.values.to(rows.dtype).T * weight.scale
+    else:
+        y = rows @ weight.to(rows.dtype).T
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    if residual is not None:
+        y = y + wide(residual)
+    return y.to(x.dtype)
+
+
+def linear_decode(
+    x: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+    swiglu: bool = False,
+) -> torch.Tensor:
+    """x: [M, d], M at most 16.  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
+
+    norm: RMSNorm of x first (as rms_norm).  swiglu: weight is [gate | up] and the result has N / 2 columns.
+    Returns [M, N], computed in fp32 and rounded once.
+    Raises ValueError on disagreeing shapes, dtypes or devices, or more than 16 rows.
+    """
+    check_rows(x)
+    check_weight(x, weight)
+    num_outputs = (weight.values if isinstance(weight, Int8Weight) else weight).shape[0]
+    if swiglu and num_outputs % 2:
+        raise ValueError(f"weight: expected [gate | up], an even number of outputs, got {num_outputs}")
+    if norm is not None:
+        expect("norm.weight", norm.weight, x.shape[1:], x.dtype, x.device)
+    if residual is not None:
+        expect("residual", residual, (len(x), num_outputs // (2 if swiglu else 1)), x.dtype, x.device)
+    if runs_triton(x, *[t for t in (*_tensors(weight), norm and norm.weight, residual) if t is not None]):
+        from vitalrt_kernels.gpu import linear_decode as gpu
+
+        return gpu.linear_decode(x, weight, norm, residual, swiglu)
+    return linear_decode_reference(x, weight, norm, residual, swiglu)
+
+
+def check_rows(x: torch.Tensor) -> None:
+    if x.ndim != 2 or len(x) > MAX_ROWS:
+        raise ValueError(f"x: expected [M, d] with M at most {MAX_ROWS}, got {list(x.shape)}")
+    expect("x", x, x.shape, x.dtype, x.device)
+
+
+def check_weight(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> None:
+    values, dtype = (weight.values, torch.int8) if isinstance(weight, Int8Weight) else (weight, x.dtype)
+    if values.ndim != 2:
+        raise ValueError(f"weight: expected [N, {x.shape[1]}], got {list(values.shape)}")
+    expect("weight", values, (len(values), x.shape[1]), dtype, x.device)
+    if isinstance(weight, Int8Weight):
+        expect("weight.scale", weight.scale, (len(values),), torch.float32, x.device)
+
+
+def _tensors(weight: torch.Tensor | Int8Weight) -> tuple[torch.Tensor, ...]:
+    return (*weight,) if isinstance(weight, Int8Weight) else (weight,)

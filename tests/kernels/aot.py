@@ -1,0 +1,156 @@
+"""Compiles what every launcher launches at Qwen3-VL-8B's shapes, without a GPU, and prints what the cubins use as JSON.
+
+Run as a program: triton has to be imported with the interpreter off. Launchers run on meta tensors (shapes and dtypes,
+no memory) under a driver that names the architecture, so that what is compiled is exactly what production launches.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import vitalrt_kernels.gpu
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+d, INTERMEDIATE, VOCAB, H, G, D = 4096, 12288, 151936, 32, 8, 128
+FEATURES = 1152  # of MedSigLIP
+SLOTS, PAGE = 32768, 16
+ROWS = (1, 16)
+
+
+class NamedArchitecture:
+    """A driver that launches nothing and says it is this architecture."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_all() -> None:
+    """Each launcher at its production shapes."""
+    launch_rms_norm()
+    launch_latent_projector()
+    for rows in ROWS:
+        launch_linear_decode(rows)
+        launch_head_argmax(rows)
+        launch_norm_rope_append(rows)
+        launch_paged_attention(rows)
+
+
+def launch_rms_norm() -> None:
+    from vitalrt_kernels.gpu import rms_norm as gpu
+
+    gpu.rms_norm(meta(16, d), meta(d), 1e-6, None)
+    gpu.rms_norm(meta(16, d), meta(d), 1e-6, meta(16, d))
+
+
+def launch_latent_projector() -> None:
+    from vitalrt_kernels.gpu import latent_projector as gpu
+    from vitalrt_kernels.latent_projector import ProjectorWeights
+
+    z, weights = meta(64, d), ProjectorWeights(meta(d), meta(d), meta(d, d), meta(FEATURES, d), *[meta(FEATURES)] * 2)
+    _, kept = gpu.forward(z, weights, 1e-5, 0.1, seed=0)
+    gpu.backward(meta(64, FEATURES), z, weights, kept, 0.1, seed=0)
+
+
+def weights(outputs: int, width: int) -> list[Any]:
+    from vitalrt_kernels.linear_decode import Int8Weight
+
+    int8 = Int8Weight(meta(outputs, width, dtype=torch.int8), meta(outputs, dtype=torch.float32))
+    return [meta(outputs, width), int8]
+
+
+def launch_linear_decode(rows: int) -> None:
+    from vitalrt_kernels.gpu import linear_decode as gpu
+    from vitalrt_kernels.linear_decode import Norm
+
+    norm = Norm(meta(d), 1e-6)
+    for weight in weights((H + 2 * G) * D, d):
+        gpu.linear_decode(meta(rows, d), weight, norm, None, swiglu=False)
+    for weight in weights(d, H * D):
+        gpu.linear_decode(meta(rows, H * D), weight, None, meta(rows, d), swiglu=False)
+    for weight in weights(2 * INTERMEDIATE, d):
+        gpu.linear_decode(meta(rows, d), weight, norm, None, swiglu=True)
+    for weight in weights(d, INTERMEDIATE):
+        gpu.linear_decode(meta(rows, INTERMEDIATE), weight, None, meta(rows, d), swiglu=False)
+
+
+def launch_head_argmax(rows: int) -> None:
+    from vitalrt_kernels.gpu import head_argmax as gpu
+
+    for weight in weights(VOCAB, d):
+        gpu.head_argmax(meta(rows, d), weight, meta(1, dtype=torch.int32))
+
+
+def launch_norm_rope_append(rows: int) -> None:
+    from vitalrt_kernels.gpu import norm_rope_append as gpu
+    from vitalrt_kernels.norm_rope_append import Rope
+
+    rope = Rope(meta(D // 2, dtype=torch.float32), meta(D // 2, dtype=torch.int64))
+    caches, slots = (meta(SLOTS, G, D), meta(SLOTS, G, D)), meta(rows, dtype=torch.int64)
+    for positions in (meta(rows, dtype=torch.int64), meta(3, rows, dtype=torch.int64)):
+        gpu.norm_rope_append(meta(rows, H + 2 * G, D), meta(H + G, D), 1e-6, positions, rope, *caches, slots)
+
+
+def launch_paged_attention(rows: int) -> None:
+    from vitalrt_kernels.gpu import paged_attention as gpu
+
+    pages, lengths = meta(rows, SLOTS // PAGE, dtype=torch.int32), meta(rows, dtype=torch.int32)
+    tickets = meta(rows * G, dtype=torch.int32)
+    gpu.paged_attention(meta(rows, H, D), meta(SLOTS, G, D), meta(SLOTS, G, D), pages, lengths, PAGE, tickets)
+
+
+def main(capabilities: list[int]) -> None:
+    names = [module.name for module in pkgutil.iter_modules(vitalrt_kernels.gpu.__path__, "vitalrt_kernels.gpu.")]
+    targets: dict[str, int] = {}
+    for name in names:
+        targets |= getattr(importlib.import_module(name), "BLOCKS_PER_SM", {})
+    rows: list[dict[str, Any]] = []
+    run: Callable[..., Any] = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(self, *args, grid=grid, warmup=True, **options)
+        name, metadata = self.__name__, compiled.metadata
+        rows.append({"kernel": name, "capability": capability, "blocks_per_sm": targets[name]})
+        rows[-1] |= {"warps": metadata.num_warps, "dynamic_shared": metadata.shared}
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            cubin.write(compiled.asm["cubin"])
+            cubin.flush()
+            usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
+        rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout)}
+
+    JITFunction.run = compile_only
+    for capability in capabilities:
+        driver.set_active(NamedArchitecture(capability))
+        launch_all()
+    print(json.dumps({"kernels": list(targets), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main([int(argument) for argument in sys.argv[1:]])

@@ -1,0 +1,49 @@
+"""Every kernel, compiled ahead of time for three architectures at production shapes: no spills, and the occupancy that
+is written beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Per multiprocessor: registers, shared memory in bytes, threads (CUDA C programming guide, compute capabilities).
+LIMITS = {80: (65536, 164 * 1024, 2048), 90: (65536, 228 * 1024, 2048), 120: (65536, 100 * 1024, 1536)}
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, Any]:
+    pytest.importorskip("triton", reason="compiling the kernels needs triton: pip install triton")
+    program = Path(__file__).with_name("aot.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(program), *map(str, LIMITS)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:
+    for capability in LIMITS:
+        assert {row["kernel"] for row in compiled["rows"] if row["capability"] == capability} == {*compiled["kernels"]}
+
+
+def test_no_kernel_spills(compiled: dict[str, Any]) -> None:
+    assert [row for row in compiled["rows"] if row["STACK"] or row["LOCAL"]] == []
+
+
+def test_occupancy(compiled: dict[str, Any]) -> None:
+    rows = [row | {"fits": _blocks_that_fit(row)} for row in compiled["rows"]]
+    assert [row for row in rows if row["fits"] < row["blocks_per_sm"]] == []
+
+
+def _blocks_that_fit(row: dict[str, Any]) -> int:
+    registers, shared, threads = LIMITS[row["capability"]]
+    warp_registers = -(-row["REG"] * 32 // 256) * 256  # handed out to a warp in units of 256
+    by_registers = registers // (warp_registers * row["warps"])
+    by_shared = shared // max(1024, row["SHARED"] + row["dynamic_shared"])  # each block also costs the driver 1 KiB
+    return min(by_registers, by_shared, threads // (32 * row["warps"]))

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitalrt_kernels.head_argmax import head_argmax, head_argmax_reference
+from vitalrt_kernels.linear_decode import quantise_int8
+from vitalrt_kernels.tickets import new_tickets
+
+
+def whole_numbers(rows: int, vocab: int, width: int, device: str, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Small integers: every sum is exact in every dtype and order, so the token has to be exact, ties included."""
+    torch.manual_seed(vocab)
+    return tuple(torch.randint(-1, 2, (n, width)).to(device, dtype) for n in (rows, vocab))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 37, 40), (1, 1, 3), (1, 97, 2), (2, 101, 130), (16, 997, 9), (0, 5, 8)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_kernel(dtype: torch.dtype, shape: tuple[int, int, int], int8: bool, device: str, monkeypatch) -> None:
+    from vitalrt_kernels.gpu import head_argmax as gpu
+
+    monkeypatch.setattr(gpu, "SLICES_AT_ONCE", {1: 4, 16: 4})  # so that a small vocabulary takes several rounds
+
+    if dtype == torch.bfloat16 and shape[0] > 1 and device == "cpu":
+        pytest.skip("the interpreter's bf16 tl.dot is wrong")
+    h, head = whole_numbers(*shape, device, dtype)
+    tickets = new_tickets(1, device)
+    weight = quantise_int8(head * 127) if int8 else head
+    for _ in range(2):  # the second launch finds the ticket as the first left it
+        assert torch.equal(gpu.head_argmax(h, weight, tickets), (h.double() @ head.double().T).argmax(-1))
+    assert int(tickets[0]) == 0
+
+
+@pytest.mark.parametrize("winner", [0, 36])
+def test_ties_go_to_the_lowest_id_and_nan_wins(winner: int, device: str) -> None:
+    from vitalrt_kernels.gpu import head_argmax as gpu
+
+    h, head = torch.ones(1, 4, device=device), torch.zeros(37, 4, device=device)
+    tickets = new_tickets(1, device)
+    assert int(gpu.head_argmax(h, head, tickets)) == int(head_argmax_reference(h, head)) == 0
+    head[winner] = float("nan")
+    assert int(gpu.head_argmax(h, head, tickets)) == int(head_argmax_reference(h, head)) == winner
+
+
+def test_logits_are_compared_as_rounded(device: str) -> None:
+    """256 and 257 are one number in bf16: the lower id wins although the other sum is larger."""
+    from vitalrt_kernels.gpu import head_argmax as gpu
+
+    h = torch.ones(1, 2, device=device, dtype=torch.bfloat16)
+    head = torch.tensor([[0, 0], [256, 0], [256, 1]], device=device, dtype=torch.bfloat16)
+    assert int(gpu.head_argmax(h, head, new_tickets(1, device))) == int((h @ head.T).argmax()) == 1
+
+
+def test_bad_arguments() -> None:
+    h, head, tickets = torch.ones(2, 4), torch.ones(6, 4), new_tickets(1, "cpu")
+    for arguments, says in [
+        ((torch.ones(17, 4), head, tickets), "at most 16"),
+        ((h, head.half(), tickets), "weight: expected"),
+        ((h, head, tickets[:0]), "tickets: expected"),
+        ((h, head, tickets.long()), "tickets: expected"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            head_argmax(*arguments)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from vitalrt.model.decoder import RMSNorm
+from vitalrt_kernels.linear_decode import Int8Weight, Norm, linear_decode, linear_decode_reference, quantise_int8
+
+STAGES = ["norm", "residual", "norm_swiglu", "plain"]
+
+
+def random_case(stage: str, rows: int, outputs: int, width: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(rows)
+    swiglu = stage == "norm_swiglu"
+    case = {"x": torch.randn(rows, width), "weight": torch.randn(outputs * (1 + swiglu), width) / width**0.5}
+    if "norm" in stage:
+        case["norm"] = 1 + torch.randn(width) / 4
+    if stage == "residual":
+        case["residual"] = torch.randn(rows, outputs)
+    return case
+
+
+def options(case: dict[str, torch.Tensor], stage: str) -> tuple:
+    norm = Norm(case["norm"], 1e-6) if "norm" in case else None
+    return norm, case.get("residual"), stage == "norm_swiglu"
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 37, 515), (1, 16, 64), (2, 33, 130), (16, 19, 257), (0, 5, 8)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_kernel(stage, dtype, shape, int8, device, assert_close) -> None:
+    from vitalrt_kernels.gpu import linear_decode as gpu
+
+    if dtype == torch.bfloat16 and shape[0] > 1 and device == "cpu":
+        pytest.skip("the interpreter's bf16 tl.dot is wrong")
+    case = {name: tensor.to(device, dtype) for name, tensor in random_case(stage, *shape).items()}
+    exact = {name: tensor.double() for name, tensor in case.items()}
+    weight, exact_weight = case["weight"], exact["weight"]
+    if int8:
+        weight = exact_weight = quantise_int8(case["weight"])
+    actual = gpu.linear_decode(case["x"], weight, *options(case, stage))
+    assert_close("linear_decode", actual, linear_decode_reference(exact["x"], exact_weight, *options(exact, stage)))
+
+
+def test_reference_is_the_decoders() -> None:
+    torch.manual_seed(0)
+    x, residual = torch.randn(3, 24), torch.randn(3, 10)
+    norm = RMSNorm(24, 1e-6)
+    norm.weight.data.normal_()
+    gate_up, down = torch.nn.Linear(24, 20, bias=False), torch.nn.Linear(10, 10, bias=False)
+    gate, up = gate_up(norm(x)).chunk(2, dim=-1)
+    with torch.no_grad():
+        inner = linear_decode(x, gate_up.weight, Norm(norm.weight, 1e-6), swiglu=True)
+        torch.testing.assert_close(inner, F.silu(gate) * up)
+        torch.testing.assert_close(linear_decode(inner, down.weight, residual=residual), residual + down(inner))
+
+
+def test_quantise_int8() -> None:
+    weight = torch.randn(40, 300) * torch.logspace(-6, 3, 40)[:, None]
+    weight[7] = 0
+    values, scale = quantise_int8(weight)
+    assert values.dtype == torch.int8 and int(values.min()) >= -127
+    error = (values * scale[:, None] - weight).abs().amax(1)
+    assert bool((error <= scale * 0.5001).all())
+    assert bool((values[7] == 0).all()) and bool(scale.isfinite().all())
+    assert bool((values.abs().amax(1)[weight.abs().amax(1) > 0] == 127).all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"x": torch.ones(17, 4)}, "at most 16"),
+        ({"x": torch.ones(2, 4).half()}, "weight: expected"),
+        ({"weight": torch.ones(6, 5)}, "weight: expected"),
+        ({"weight": torch.ones(6)}, "weight: expected"),
+        ({"weight": Int8Weight(torch.ones(6, 4, dtype=torch.int8), torch.ones(5))}, "weight.scale: expected"),
+        ({"weight": torch.ones(5, 4), "swiglu": True}, "even number"),
+        ({"norm": Norm(torch.ones(3), 1e-6)}, "norm.weight: expected"),
+        ({"residual": torch.ones(2, 6), "swiglu": True}, "residual: expected"),
+    ],
+)
+def test_bad_arguments(changes, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        linear_decode(**{"x": torch.ones(2, 4), "weight": torch.ones(6, 4), **changes})

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitalrt_kernels import decode_attention
+from vitalrt_kernels.paged_attention import paged_attention, paged_attention_reference
+from vitalrt_kernels.tickets import new_tickets
+
+PAGE = 4
+
+
+def random_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str):
+    """Pages in random order; every slot that belongs to no context is NaN, and page numbers past a length are wild."""
+    torch.manual_seed(sum(lengths))
+    pages_per_row = -(-max(lengths) // PAGE) + 1
+    num_pages = len(lengths) * pages_per_row
+    pages = torch.randperm(num_pages).view(len(lengths), pages_per_row)
+    caches = torch.full((2, num_pages * PAGE, kv_heads, head_dim), float("nan"))
+    for row, length in enumerate(lengths):
+        slots = (pages[row, :, None] * PAGE + torch.arange(PAGE)).flatten()[:length]
+        caches[:, slots] = torch.randn(2, length, kv_heads, head_dim)
+        pages[row, -(-length // PAGE) :] = 2**30
+    caches = caches.to(device, dtype)
+    q = 3 * torch.randn(len(lengths), heads, head_dim)
+    int32 = {"dtype": torch.int32, "device": device}
+    return q.to(device, dtype), *caches, pages.to(**int32), torch.tensor(lengths, **int32), PAGE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [([1], (8, 2, 16)), ([257], (4, 1, 128)), ([5, 0, 131, 64], (6, 2, 24)), ([67, 3], (3, 3, 10)), ([90], (34, 2, 8))],
+)
+def test_kernel(dtype, lengths, heads, device, assert_close, monkeypatch) -> None:
+    from vitalrt_kernels.gpu import paged_attention as gpu
+
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter's bf16 tl.dot is wrong")
+    monkeypatch.setattr(gpu, "PART_CELLS", 128)  # so that a short context is combined in several rounds
+    case = random_case(lengths, *heads, dtype, device)
+    tickets = new_tickets(len(lengths) * heads[1], device)
+    expected = paged_attention_reference(*[x.double() for x in case[:3]], *case[3:])
+    for _ in range(2):  # the second launch finds the tickets as the first left them
+        assert_close("paged_attention", gpu.paged_attention(*case, tickets), expected)
+    assert not bool(tickets.any())
+
+
+def test_splits_are_used(device: str) -> None:
+    from vitalrt_kernels.gpu.paged_attention import num_splits
+
+    assert num_splits(num_pairs=8, capacity=2048) == 32
+    assert num_splits(num_pairs=8, capacity=65) == 2
+    assert num_splits(num_pairs=512, capacity=2048) == num_splits(num_pairs=8, capacity=16) == 1
+
+
+def test_reference_is_decode_attention() -> None:
+    q, k_cache, v_cache, pages, lengths, page_size = random_case([9, 9], 6, 2, 8, torch.float32, "cpu")
+    positions = torch.arange(9)
+    slots = pages[:, positions // page_size].long() * page_size + positions % page_size
+    actual = paged_attention(q, k_cache, v_cache, pages, lengths, page_size, new_tickets(4, "cpu"))
+    torch.testing.assert_close(actual, decode_attention(q, k_cache, v_cache, slots, None))
+
+
+@pytest.mark.parametrize(
+    ("index", "bad", "says"),
+    [
+        (0, torch.ones(2, 5, 8), "G dividing H"),
+        (1, torch.ones(48, 2, 8).half(), "k_cache: expected"),
+        (2, torch.ones(4, 2, 8), "v_cache: expected"),
+        (3, torch.ones(2, 3, dtype=torch.int64), "pages: expected"),
+        (4, torch.ones(3, dtype=torch.int32), "lengths: expected"),
+        (5, 0, "page_size: expected"),
+    ],
+)
+def test_bad_arguments(index: int, bad: torch.Tensor, says: str) -> None:
+    case = list(random_case([9, 9], 6, 2, 8, torch.float32, "cpu"))
+    case[index] = bad
+    with pytest.raises(ValueError, match=says):
+        paged_attention(*case, new_tickets(4, "cpu"))
+    with pytest.raises(ValueError, match="tickets: expected"):
+        paged_attention(*random_case([9, 9], 6, 2, 8, torch.float32, "cpu"), new_tickets(3, "cpu"))
