@@ -16,6 +16,8 @@ from vitalrt.engine.request import Answer, Decoding, Request, Usage
 from vitalrt.engine.scheduler import Engine
 from vitalrt.engine.sequence import Sequence as Running
 from vitalrt.errors import VitalError
+from vitalrt.export.runtime import OnnxEngine, open_engine
+from vitalrt.export.sessions import MANIFEST
 from vitalrt.inputs.image import ReadOptions
 from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Prompt
@@ -28,10 +30,16 @@ REPLACEMENT = "\ufffd"  # how a tokenizer shows the bytes of an unfinished UTF-8
 class Model:
     """A loaded checkpoint with its engine. Safe to call from several threads; they share one running batch."""
 
-    def __init__(self, checkpoint: Checkpoint, weights: Qwen3VL, engine: EngineConfig) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine: Engine | OnnxEngine) -> None:
         self.checkpoint = checkpoint
-        self.weights = weights
-        self.engine = Engine(weights, engine, stop_ids(checkpoint))
+        self.engine = engine
+
+    @property
+    def weights(self) -> Qwen3VL:
+        """Raises VitalError for an ONNX export, whose weights are ONNX Runtime's."""
+        if isinstance(self.engine, OnnxEngine):
+            raise VitalError("model: expected a checkpoint, got an ONNX export, whose weights torch does not hold")
+        return self.engine.model
 
     @functools.cached_property
     def processor(self) -> Processor:
@@ -156,7 +164,7 @@ class Model:
                 self.engine.cancel(sequence)
 
     def _answer(self, sequence: Running, to_text: Callable[[Sequence[int]], str]) -> Answer:
-        width = self.weights.config.decoder.hidden_size
+        width = self.checkpoint.config.decoder.hidden_size
         latents = torch.stack(sequence.latents).float().cpu() if sequence.latents else torch.empty(0, width)
         assert sequence.finish_reason is not None
         return Answer(
@@ -185,17 +193,20 @@ def load(
     max_batch: int = 64,
     progress: Progress | None = None,
 ) -> Model:
-    """Load a Hugging Face Qwen3-VL directory or hub id; the bundled phantom model if none is given.
+    """Load a Hugging Face Qwen3-VL directory or hub id, or a directory that `vitalrt export onnx` wrote.
 
-    adapter: a PEFT LoRA directory or hub id, merged while loading.  dtype "auto": the checkpoint's on a GPU, float32 on
-    the CPU.  cache_tokens: capacity of the KV cache (None: what 2 GiB hold, at most 32,768), taken once, now.
+    model: without one, the bundled phantom model.  adapter: a PEFT LoRA directory or hub id, merged while loading.
+    dtype "auto": the checkpoint's on a GPU, float32 on the CPU, and an export's own.  cache_tokens: capacity of the KV
+    cache (None: what 2 GiB hold, at most 32,768), taken once, now; an export takes what a batch needs, up to it.
     Raises CheckpointError or CapacityError.
     """
     engine = EngineConfig(cache_tokens=cache_tokens, max_batch=max_batch)
     checkpoint = Checkpoint.open(model)
+    if (checkpoint.directory / MANIFEST).is_file():
+        return Model(checkpoint, open_engine(checkpoint, adapter, device, dtype, engine, stop_ids(checkpoint)))
     where = choose_device(device)
     weights = load_weights(checkpoint, adapter, where, choose_dtype(dtype, where, checkpoint.config), progress)
-    return Model(checkpoint, weights, engine)
+    return Model(checkpoint, Engine(weights, engine, stop_ids(checkpoint)))
 
 
 @functools.lru_cache(maxsize=1)

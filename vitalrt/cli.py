@@ -150,6 +150,38 @@ def evaluate(arguments: argparse.Namespace) -> None:
         print_report(report)
 
 
+def export_onnx(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint as ONNX graphs, checked against torch; with --dry-run, tell what that would take."""
+    from vitalrt import export
+    from vitalrt.api import BUNDLED
+
+    model = arguments.model or BUNDLED
+    options = {"dtype": arguments.dtype, "int8": arguments.int8, "opset": arguments.opset}
+    if arguments.dry_run:
+        record = asdict(export.plan(model, **options))
+    else:
+        if arguments.out is None:
+            raise VitalError("--out: expected a directory for the export")
+        done = export.onnx(
+            model,
+            arguments.out,
+            adapter=arguments.adapter,
+            k=arguments.k,
+            verify=not arguments.no_verify,
+            device=arguments.device,
+            **options,
+        )
+        record = {"directory": str(done.directory), "seconds": round(done.seconds, 1), "files": done.files}
+        record["verification"] = done.verification and asdict(done.verification)
+        if not arguments.json:
+            record["verification"] = str(done.verification or "not asked for")
+    if arguments.json:
+        print(json.dumps(record, indent=2))
+    else:
+        for name, value in record.items():
+            print(f"{name:<16}{value}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vitalrt",
@@ -178,6 +210,19 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(kinds, "phantom", data_phantom)
     _add_phantoms(verb, split="train", seed=0, count=1000)
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+    kinds = verbs.add_parser("export", help="write deployment graphs").add_subparsers(required=True, metavar="KIND")
+    verb = _verb(kinds, "onnx", export_onnx)
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
+    verb.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory")
+    verb.add_argument("-k", type=int, help="default latent steps of the export; default: the checkpoint's")
+    verb.add_argument("--adapter", metavar="DIR", help="PEFT LoRA directory or hub id, merged")
+    verb.add_argument("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"))
+    verb.add_argument("--int8", action="store_true", help="linear weights in 8 bits")
+    verb.add_argument("--opset", type=int, default=20)
+    verb.add_argument("--device", default="auto", help="where ONNX Runtime verifies: auto, cpu or cuda[:n]")
+    verb.add_argument("--no-verify", action="store_true", help="do not compare with torch")
+    verb.add_argument("--dry-run", action="store_true", help="file sizes and memory, from config.json alone")
 
     verb = _verb(verbs, "train", train)
     verb.add_argument("recipe", metavar="RECIPE", help="phantom, phantom_encoder, vital_8b or vital_2b")

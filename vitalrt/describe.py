@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from vitalrt.api import Model
+from vitalrt.engine.cpu_step import MAX_BATCH, why_not_cpu_step
 from vitalrt.engine.request import RESEARCH_NOTICE
+from vitalrt.engine.scheduler import Engine
+from vitalrt.export.runtime import OnnxEngine
 
 
 def describe_machine() -> dict[str, Any]:
@@ -24,6 +27,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "backend: torch": "used for every operation, on any device",
+        "backend: C++ core": "used for the cache's pages, and for the steps of small float32 models on the CPU",
         "backend: triton": _triton(),
         "backend: cuda": _cuda(),
         "backend: onnx": _onnx(),
@@ -31,21 +35,41 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_model(model: Model) -> dict[str, Any]:
-    weights, cache, checkpoint = model.weights, model.engine.cache, model.checkpoint
-    parameters = list(weights.parameters())
+    checkpoint = model.checkpoint
     return {
         "directory": str(checkpoint.directory),
         "default k": checkpoint.vital.k,
         "provenance": checkpoint.vital.provenance,
+        **(_onnx_engine(model.engine) if isinstance(model.engine, OnnxEngine) else _torch_engine(model.engine)),
+        "decoder": _shape(checkpoint.config.decoder, "num_hidden_layers", "hidden_size", "vocab_size"),
+        "vision": _shape(checkpoint.config.vision, "depth", "hidden_size", "patch_size"),
+        "notice": RESEARCH_NOTICE,
+    }
+
+
+def _torch_engine(engine: Engine) -> dict[str, Any]:
+    parameters = list(engine.model.parameters())
+    return {
+        "engine": "torch",
         "device": str(parameters[0].device),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in parameters),
         "weight bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "cache tokens": cache.num_tokens,
-        "cache bytes": cache.num_bytes,
-        "decoder": _shape(checkpoint.config.decoder, "num_hidden_layers", "hidden_size", "vocab_size"),
-        "vision": _shape(checkpoint.config.vision, "depth", "hidden_size", "patch_size"),
-        "notice": RESEARCH_NOTICE,
+        "cpu step": _cpu_step(engine),
+        "cache tokens": engine.cache.num_tokens,
+        "cache bytes": engine.cache.num_bytes,
+    }
+
+
+def _onnx_engine(engine: OnnxEngine) -> dict[str, Any]:
+    sessions = engine.sessions
+    return {
+        "engine": f"onnxruntime {sessions.runtime.__version__}, opset {sessions.manifest['opset']}",
+        "device": sessions.device,
+        "dtype": sessions.manifest["dtype"] + (", linear layers int8" if sessions.manifest["int8"] else ""),
+        "weight bytes": sessions.weights_path.stat().st_size,
+        "cache tokens": engine.cache_tokens,
+        "cache bytes": "taken for each batch",
     }
 
 
@@ -60,6 +84,11 @@ def _version(package: str) -> str:
         return "not installed (running from source)"
 
 
+def _cpu_step(engine: Engine) -> str:
+    reason = why_not_cpu_step(engine.model.decoder)
+    return f"in C++ for up to {MAX_BATCH} sequences, else in torch" if reason is None else f"in torch: {reason}"
+
+
 def _cuda() -> str:
     if torch.cuda.is_available():
         return f"found: {torch.cuda.get_device_name()}"
@@ -72,4 +101,8 @@ def _triton() -> str:
 
 
 def _onnx() -> str:
-    return "not used: this release has no ONNX path"
+    if importlib.util.find_spec("onnxruntime") is None:
+        return "not used: onnxruntime is not installed (pip install 'vitalrt[onnx]')"
+    import onnxruntime
+
+    return f"runs exported directories: {onnxruntime.__version__}, {', '.join(onnxruntime.get_available_providers())}"

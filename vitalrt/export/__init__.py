@@ -1,0 +1,8 @@
+"""Deployment graphs: a checkpoint as ONNX, and ONNX Runtime as an engine."""
+
+from vitalrt.export.exporter import Export, Plan
+from vitalrt.export.exporter import export_onnx as onnx
+from vitalrt.export.exporter import plan_onnx as plan
+from vitalrt.export.verify import Verification
+
+__all__ = ["Export", "Plan", "Verification", "onnx", "plan"]

@@ -1,0 +1,119 @@
+"""Exported graphs against the torch engine: the same prompts, K = 0..8, batches of 1 to 4."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vitalrt.config import ModelConfig
+from vitalrt.engine.request import Decoding
+from vitalrt.engine.sequence import Sequence as Running
+from vitalrt.errors import VitalError
+from vitalrt.inputs.prompt import Prompt
+
+MAX_STEPS = 8
+MAX_NEW_TOKENS = 8
+# Largest relative error of a latent. Rounding differs between runtimes, and every step feeds it back; int8 weights are
+# held only to being a version of the same model, their error is for the reader to judge.
+TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1, "int8": 3e-1}
+
+
+class AnyEngine(Protocol):
+    """Engine or OnnxEngine."""
+
+    def submit(self, prompt: Prompt, decoding: Decoding) -> Running: ...
+    def advance(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Verification:
+    """answers: compared, of MAX_NEW_TOKENS tokens each.  same_answers: of them, token for token equal.
+
+    same_tokens: the share of equal tokens, each counted up to the first that differs in its answer.
+    latent_error: the largest ‖z_k - z_k'‖ / ‖z_k‖ over all steps.  tolerance: what it may be.
+    """
+
+    answers: int
+    same_answers: int
+    same_tokens: float
+    latent_error: float
+    tolerance: float
+
+    def __str__(self) -> str:
+        tokens = f"{self.same_answers} of {self.answers} answers identical ({self.same_tokens:.1%} of tokens)"
+        return f"{tokens}, latents within {self.latent_error:.2g} relative (tolerance {self.tolerance:g})"
+
+
+def compare(
+    reference: AnyEngine, exported: Sequence[AnyEngine], prompts: Sequence[Prompt], precision: str
+) -> Verification:
+    """exported: engines over the same graphs that drive them differently; each answers everything.
+
+    Raises VitalError if a latent is out of tolerance, or in fp32 if any token differs.
+    """
+    answers = same_answers = tokens = same_tokens = 0
+    error = 0.0
+    for batch, steps in batches(prompts):
+        expected = _run(reference, batch, steps)
+        for engine in exported:
+            for ours, theirs in zip(expected, _run(engine, batch, steps), strict=True):
+                answers += 1
+                same_answers += ours.token_ids == theirs.token_ids
+                tokens += len(ours.token_ids)
+                same_tokens += _common_prefix(ours.token_ids, theirs.token_ids)
+                error = max([error, *map(_relative, ours.latents, theirs.latents)])
+    result = Verification(answers, same_answers, same_tokens / tokens, error, TOLERANCES[precision])
+    if not error <= result.tolerance or (precision == "fp32" and same_answers < answers):
+        raise VitalError(f"verify: the graphs disagree with torch: {result}")
+    return result
+
+
+def batches(prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], list[int]]]:
+    """Every K from 0 to 8 in batches of 1 to 4, then all K side by side, each with its own."""
+    for k in range(MAX_STEPS + 1):
+        batch = [prompts[(k + row) % len(prompts)] for row in range(k % 4 + 1)]
+        yield batch, [k] * len(batch)
+    steps = list(range(MAX_STEPS + 1))
+    yield [prompts[k % len(prompts)] for k in steps], steps
+
+
+def random_prompts(config: ModelConfig, seed: int = 0) -> list[Prompt]:
+    """Random tokens around random pictures: none, one, several, square, wide, tall, and one with two frames."""
+    draw = random.Random(seed)
+    generator = torch.Generator().manual_seed(seed)
+    merge = config.vision.spatial_merge_size
+    special = {config.image_token_id, config.video_token_id}
+    prompts = []
+    for grids in ([(1, 2, 2)], [], [(1, 1, 5), (1, 4, 3)], [(2, 3, 1)], [(1, 6, 6)], [(1, 1, 1)] * 3):
+        ids: list[int] = []
+        for time, rows, columns in grids:
+            ids += _text(draw, config.decoder.vocab_size, special) + [config.image_token_id] * (time * rows * columns)
+        ids += _text(draw, config.decoder.vocab_size, special)
+        grid = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3) * torch.tensor([1, merge, merge])
+        pixels = torch.randn(int(grid.prod(-1).sum()), config.vision.patch_dim, generator=generator)
+        prompts.append(Prompt(ids, pixels, grid) if grids else Prompt(ids))
+    return prompts
+
+
+def _text(draw: random.Random, vocab_size: int, special: set[int]) -> list[int]:
+    ids = [draw.randrange(vocab_size) for _ in range(draw.randint(1, 12))]
+    return [token for token in ids if token not in special] or [0]
+
+
+def _run(engine: AnyEngine, prompts: Sequence[Prompt], steps: Sequence[int]) -> list[Running]:
+    running = [engine.submit(prompt, Decoding(k, MAX_NEW_TOKENS)) for prompt, k in zip(prompts, steps, strict=True)]
+    while not all(sequence.is_finished for sequence in running):
+        engine.advance()
+    return running
+
+
+def _common_prefix(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    return next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+
+
+def _relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.float() - theirs).norm() / ours.float().norm())
