@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfi
 PATCH_SIZE = 8
 MERGE_SIZE = 2
 IMAGE_PIXELS = 96 * 96
+EMBEDDING_STD = 0.5
 INITIALIZER_RANGE = 0.05  # near 1 / sqrt(width): Qwen's 0.02 suits widths in the thousands
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
@@ -63,13 +64,26 @@ def phantom_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
         video_token_id=vocabulary["<|video_pad|>"],
         vision_start_token_id=vocabulary["<|vision_start|>"],
         vision_end_token_id=vocabulary["<|vision_end|>"],
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
     )
 
 
+@torch.no_grad()
 def new_backbone(config: Qwen3VLConfig, seed: int) -> Qwen3VLForConditionalGeneration:
+    """Random weights, scaled so that a token can be told from what the layers add to it.
+
+    With Qwen's initialisation and a narrow decoder, the first layer's output is ten times a word's embedding: which
+    word was asked about is lost in it, and a short training never finds out. So embeddings are as large as visual
+    tokens, and every layer adds 1 / sqrt(2 * layers) of what it would (GPT-2's rule).
+    """
     torch.manual_seed(seed)
-    return Qwen3VLForConditionalGeneration(config)
+    model = Qwen3VLForConditionalGeneration(config)
+    decoder = model.model.language_model
+    decoder.embed_tokens.weight.normal_(0.0, EMBEDDING_STD)
+    for layer in decoder.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.mul_((2 * len(decoder.layers)) ** -0.5)
+    return model
 
 
 def save_preprocessor(directory: Path) -> None:

@@ -36,7 +36,7 @@ from vitalrt_training.run_files import (
     trim_log,
 )
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
-from vitalrt_training.vision_warmup import SegmentingTower, segmentation_loss
+from vitalrt_training.vision_warmup import SegmentingTower, name_what_is_seen, segmentation_loss
 
 # The tokenizer and the first stages draw training phantoms of their own.
 TOKENIZER_SEED = 1_000_003
@@ -67,13 +67,17 @@ def train(recipe: PhantomRecipe, run_dir: Path) -> Path:
     base_dir = _prepare(recipe, run_dir)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base_dir)
     model = new_backbone(phantom_config(tokenizer), recipe.seed)
-    for build in (_vision_stage, _aloud_stage, _loop_stage):
+    tower = SegmentingTower(model)
+    _run_stage(_vision_stage(recipe, tower, base_dir), recipe, run_dir)
+    # From here on the tower is frozen: the first gradients of an untrained decoder would undo what it has learnt.
+    name_what_is_seen(tower, model.model.language_model.embed_tokens, tokenizer)
+    model.model.visual.requires_grad_(False)
+    for build in (_aloud_stage, _loop_stage):
         _run_stage(build(recipe, model, base_dir), recipe, run_dir)
     return _export(model, recipe, base_dir, run_dir)
 
 
-def _vision_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
-    tower = SegmentingTower(model)
+def _vision_stage(recipe: PhantomRecipe, tower: SegmentingTower, base_dir: Path) -> Stage:
     options = PatchOptions.from_directory(base_dir)
     count = recipe.vision_images_per_batch
 
@@ -85,11 +89,7 @@ def _vision_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration,
 
 
 def _aloud_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
-    """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there.
-
-    From here on the tower is frozen: the first gradients of an untrained decoder would undo what it has learnt.
-    """
-    model.model.visual.requires_grad_(False)
+    """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there."""
     batches = PhantomBatches(base_dir, ALOUD_SEED + recipe.seed, recipe.images_per_batch)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -10,12 +10,13 @@ P patches, V visual tokens, d decoder width, C classes (background first).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, mse_loss
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
 from vitalrt.inputs.processor import PatchOptions, patchify
 from vitalrt.model.rope import Grid
@@ -42,6 +43,22 @@ class SegmentingTower(nn.Module):
         encoded = self.tower(pixel_values, grid_thw=grid_thw)
         features = (encoded.pooler_output, *encoded.deepstack_features)
         return [head(output) for head, output in zip(self.heads, features, strict=True)]
+
+
+@torch.no_grad()
+def name_what_is_seen(tower: SegmentingTower, embedding: nn.Embedding, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Set the embeddings of every target's name to the direction in which the tower shows that target, in place.
+
+    Words and visual tokens then start out alike, so that attention has one thing to learn (look at what is alike)
+    rather than one for every name. The scale of the embeddings is kept.
+    """
+    scale = embedding.weight.std()
+    directions = cast(nn.Linear, tower.heads[0]).weight[:NUM_CLASSES]
+    directions = directions - directions.mean(0)
+    for name, index in CLASS_OF_NAME.items():
+        direction = directions[index] / directions[index].std() * scale
+        for spelling in (name, f" {name}"):
+            embedding.weight[tokenizer(spelling)["input_ids"]] = direction
 
 
 def segmentation_loss(tower: SegmentingTower, phantoms: Sequence[Phantom], options: PatchOptions) -> torch.Tensor:

@@ -1,0 +1,127 @@
+"""The command line: what goes to stdout, what goes to stderr, and exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vitalrt.cli import main
+
+DEMO = str(Path(__file__).parents[1] / "examples" / "demo.png")
+QUESTION = "Where is the cyst?"
+
+
+def run(capsys, *arguments):
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_ask_prints_question_answer_steps_timings_and_notice(capsys):
+    code, out, _ = run(capsys, "ask", DEMO, QUESTION, "-k", 2)
+    assert code == 0
+    for part in (QUESTION, "lower left", "Latent steps  2", "prefill", "not for clinical decisions"):
+        assert part in out
+
+
+def test_ask_json_is_one_object(capsys):
+    code, out, _ = run(capsys, "ask", DEMO, QUESTION, "--json")
+    record = json.loads(out)
+    assert code == 0
+    assert record["text"] == "lower left"
+    assert record["usage"]["latent_steps"] == 4
+    assert set(record["timings_ms"]) == {"preprocess", "prefill", "latent", "decode", "total"}
+
+
+def test_several_images_make_one_prompt(capsys):
+    counts = []
+    for images in ([DEMO], [DEMO, DEMO]):
+        _, out, _ = run(capsys, "ask", *images, QUESTION, "--json")
+        counts.append(json.loads(out)["usage"]["prompt_tokens"])
+    assert counts[1] > counts[0] + 20
+
+
+def test_batch_answers_line_by_line_each_with_its_own_k(capsys, tmp_path):
+    lines = [{"image": DEMO, "question": QUESTION, "k": k} for k in (0, 3)]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    code, out, _ = run(capsys, "ask", "--batch", path)
+    records = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [record["usage"]["latent_steps"] for record in records] == [0, 3]
+
+
+def test_info_names_model_memory_and_why_backends_are_not_used(capsys):
+    code, out, _ = run(capsys, "info", "--json", "--cache-tokens", 64)
+    report = json.loads(out)
+    assert code == 0
+    assert report["model"]["cache tokens"] == 64
+    assert report["model"]["parameters"] > 1_000_000
+    assert report["machine"]["backend: cuda"].startswith(("found", "not used: "))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ask", "missing.png", QUESTION], "missing.png"),
+        (["ask", DEMO], "IMAGE"),
+        (["ask", DEMO, QUESTION, "-k", "65"], "k: expected"),
+        (["ask", DEMO, QUESTION, "--frame", "1"], "frame"),
+        (["ask", DEMO, QUESTION, "--window", "a,b"], "--window"),
+        (["ask", DEMO, QUESTION, "--model", "no/such/place"], "model"),
+        (["ask", DEMO, QUESTION, "--adapter", "/nowhere"], "adapter"),
+        (["ask", DEMO, QUESTION, "--cache-tokens", "16"], "cache_tokens"),
+        (["ask", "--batch", "/nowhere.jsonl"], "--batch"),
+        (["bench", "--rounds", "0"], "--rounds"),
+        (["train", "nonsense", "--out", "x"], "recipe"),
+        (["train", "phantom", "--set", "steps", "--out", "x"], "KEY=VALUE"),
+        (["train", "vital_8b"], "--out"),
+        (["eval", "--count", "1"], "count"),
+    ],
+)
+def test_errors_take_one_line_and_exit_code_1(capsys, arguments, message):
+    code, out, err = run(capsys, *arguments)
+    assert code == 1
+    assert out == ""
+    assert message in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match=r"missing\.png"):
+        main(["ask", "missing.png", QUESTION, "--debug"])
+
+
+def test_a_bad_line_of_a_batch_is_named(capsys, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"image": DEMO, "question": QUESTION}) + "\n{broken\n")
+    code, _, err = run(capsys, "ask", "--batch", path)
+    assert code == 1
+    assert "line 2" in err
+
+
+def test_data_phantom_writes_what_it_says(capsys, tmp_path):
+    code, out, _ = run(capsys, "data", "phantom", "--count", 3, "--out", tmp_path / "p", "--json")
+    assert code == 0
+    assert json.loads(out)["phantoms"] == 3
+    assert len(list((tmp_path / "p" / "images").glob("*.png"))) == 3
+
+
+def test_bench_reports_rows_as_json(capsys, tmp_path):
+    path = tmp_path / "image.png"
+    Image.fromarray(np.zeros((40, 40), np.uint8)).save(path)
+    code, out, _ = run(capsys, "bench", "--rounds", 1, "--image", path, "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert [row["thought"] for row in report["rows"]][:4] == ["K=0", "K=1", "K=2", "K=4"]
+    assert all(row["ms"]["p50"] > 0 for row in report["rows"])
+
+
+def test_dry_run_prints_the_papers_counts(capsys):
+    code, out, _ = run(capsys, "train", "vital_8b", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["trainable"] == 1_925_059_840
