@@ -20,8 +20,10 @@ TINY = replace(
     phantom(),
     vision_steps=3,
     vision_images_per_batch=2,
-    aloud_steps=2,
+    scene_steps=2,
+    scene_images_per_batch=2,
     steps=5,
+    place_steps=2,
     images_per_batch=2,
     tokenizer_images=20,
     validation_images=2,
@@ -42,7 +44,7 @@ def losses(run_dir):
     return [(record["stage"], record["step"], record["loss"]) for record in records]
 
 
-@pytest.mark.parametrize("interrupted_stage", ["vision", "aloud", "loop"])
+@pytest.mark.parametrize("interrupted_stage", ["vision", "scene", "loop", "places"])
 def test_an_interrupted_run_goes_on_bit_for_bit(finished_run, tmp_path, monkeypatch, interrupted_stage):
     do_step = trainer._step
 
@@ -73,13 +75,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
     monkeypatch.setattr(
         trainer, "task_loss", lambda logits, answer_ids: Mean(logits.sum() * float("nan"), torch.ones(()))
     )
-    with pytest.raises(VitalError, match="step 0 of stage aloud"):
+    with pytest.raises(VitalError, match="step 0 of stage scene"):
         trainer.train(TINY, tmp_path)
 
 
 def test_every_step_uses_a_k_of_the_recipe():
     recipe = replace(TINY, k_weights=(0.0, 1.0, 0.0, 3.0))
-    drawn = [trainer.draw_k(recipe, step) for step in range(400)]
+    drawn = [trainer.draw_k(recipe, 0, step) for step in range(400)]
     assert set(drawn) == {1, 3}
     assert 0.65 < drawn.count(3) / 400 < 0.85
 

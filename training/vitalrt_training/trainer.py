@@ -24,6 +24,7 @@ from vitalrt.inputs.processor import PatchOptions
 from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.batches import Batch, PhantomBatches
 from vitalrt_training.data.phantom import ask, draw_phantom
+from vitalrt_training.data.scene_captions import NUMBERS, REQUEST
 from vitalrt_training.latent_loop import run_loop
 from vitalrt_training.losses import IGNORED, task_loss
 from vitalrt_training.recipes import PhantomRecipe
@@ -36,12 +37,12 @@ from vitalrt_training.run_files import (
     trim_log,
 )
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
-from vitalrt_training.vision_warmup import SegmentingTower, name_what_is_seen, segmentation_loss
+from vitalrt_training.vision_warmup import SegmentingTower, name_what_is_seen, say_places_loudly, segmentation_loss
 
 # The tokenizer and the first stages draw training phantoms of their own.
 TOKENIZER_SEED = 1_000_003
 VISION_SEED = 2_000_003
-ALOUD_SEED = 3_000_003
+SCENE_SEED = 3_000_003
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ def train(recipe: PhantomRecipe, run_dir: Path) -> Path:
     # From here on the tower is frozen: the first gradients of an untrained decoder would undo what it has learnt.
     name_what_is_seen(tower, model.model.language_model.embed_tokens, tokenizer)
     model.model.visual.requires_grad_(False)
-    for build in (_aloud_stage, _loop_stage):
-        _run_stage(build(recipe, model, base_dir), recipe, run_dir)
+    _run_stage(_scene_stage(recipe, model, base_dir), recipe, run_dir)
+    _run_stage(_loop_stage("loop", recipe.steps, recipe.seed, recipe, model, base_dir), recipe, run_dir)
+    # By now the decoder knows what it is asked about and misses where that is; a louder tower lets it learn that too.
+    say_places_loudly(tower)
+    _run_stage(_loop_stage("places", recipe.place_steps, recipe.seed + 1, recipe, model, base_dir), recipe, run_dir)
     return _export(model, recipe, base_dir, run_dir)
 
 
@@ -88,25 +92,27 @@ def _vision_stage(recipe: PhantomRecipe, tower: SegmentingTower, base_dir: Path)
     return Stage("vision", recipe.vision_steps, recipe.vision_learning_rate, tower, loss_of, dict)
 
 
-def _aloud_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
-    """Explicit chain of thought first: a written chain says where to look, an answer alone says only what was there."""
-    batches = PhantomBatches(base_dir, ALOUD_SEED + recipe.seed, recipe.images_per_batch)
+def _scene_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+    """Descriptions first: see scene_captions.py for what they teach that answers do not."""
+    batches = PhantomBatches(base_dir, SCENE_SEED + recipe.seed, recipe.scene_images_per_batch)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        batch = batches.draw(step, aloud=True)
+        batch = batches.draw_scenes(step)
         loop = run_loop(model, batch, torch.zeros(batch.num_samples, dtype=torch.int64))
         return task_loss(loop.logits, batch.answer_ids).value(), {"samples": batch.num_samples}
 
-    return Stage("aloud", recipe.aloud_steps, recipe.learning_rate, model, loss_of, dict)
+    return Stage("scene", recipe.scene_steps, recipe.learning_rate, model, loss_of, dict)
 
 
-def _loop_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
-    batches = PhantomBatches(base_dir, recipe.seed, recipe.images_per_batch)
-    phantoms = [draw_phantom("validation", recipe.seed, index) for index in range(recipe.validation_images)]
+def _loop_stage(
+    name: str, steps: int, seed: int, recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path
+) -> Stage:
+    batches = PhantomBatches(base_dir, seed, recipe.images_per_batch)
+    phantoms = [draw_phantom("validation", seed, index) for index in range(recipe.validation_images)]
     validation = batches.collate([(phantom, ask(phantom)) for phantom in phantoms])
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        k = draw_k(recipe, step)
+        k = draw_k(recipe, seed, step)
         batch = batches.draw(step)
         loop = run_loop(model, batch, torch.full((batch.num_samples,), k))
         return task_loss(loop.logits, batch.answer_ids).value(), {"k": k, "samples": batch.num_samples}
@@ -114,7 +120,7 @@ def _loop_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, b
     def validate() -> dict[str, float]:
         return {"validation_exact": exact_share(model, validation, recipe.default_k)}
 
-    return Stage("loop", recipe.steps, recipe.learning_rate, model, loss_of, validate)
+    return Stage(name, steps, recipe.learning_rate, model, loss_of, validate)
 
 
 def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
@@ -138,9 +144,9 @@ def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
             bar.update(task, advance=1, status=status)
 
 
-def draw_k(recipe: PhantomRecipe, step: int) -> int:
+def draw_k(recipe: PhantomRecipe, seed: int, step: int) -> int:
     weights = np.asarray(recipe.k_weights)
-    return int(np.random.default_rng((recipe.seed, step)).choice(len(weights), p=weights / weights.sum()))
+    return int(np.random.default_rng((seed, step)).choice(len(weights), p=weights / weights.sum()))
 
 
 def learning_rate(stage: Stage, recipe: PhantomRecipe, step: int) -> float:
@@ -187,6 +193,7 @@ def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
         for index in range(recipe.tokenizer_images):
             for sample in ask(draw_phantom("train", TOKENIZER_SEED, index)):
                 texts += [sample.question, sample.answer, *sample.chain]
+        texts += [REQUEST, " ".join(NUMBERS)] * recipe.tokenizer_images
         tokenizer = train_tokenizer(texts, recipe.vocab_size)
         with replacing_directory(base_dir) as partial:
             save_tokenizer(tokenizer, partial)
@@ -210,7 +217,7 @@ def _export(model: Qwen3VLForConditionalGeneration, recipe: PhantomRecipe, base_
     vital = {
         "k": recipe.default_k,
         "feedback": "final_norm",
-        "provenance": f"vitalrt phantoms, trained from scratch, seed {recipe.seed}, {recipe.steps} steps",
+        "provenance": f"vitalrt phantoms, trained from scratch on the answers alone, seed {recipe.seed}",
     }
     directory = run_dir / "model"
     with replacing_directory(directory) as partial:

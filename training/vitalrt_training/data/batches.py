@@ -6,7 +6,7 @@ G groups (questions about the same images), N samples, P prefix tokens, Q questi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from vitalrt.config import ModelConfig
 from vitalrt.inputs.processor import Processor, patchify
 from vitalrt.model.rope import Grid, mrope_positions
 from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
+from vitalrt_training.data.records import make_rng
+from vitalrt_training.data.scene_captions import CAPTION_STREAM, REQUEST, describe_scene
 from vitalrt_training.losses import IGNORED
-
-THINK_ALOUD = "Think aloud."
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,6 @@ class Batch:
     @property
     def num_samples(self) -> int:
         return len(self.answer_ids)
-
-
-def think_aloud(sample: Sample) -> Sample:
-    """The same question, to be answered with the written reasoning chain first: explicit chain of thought."""
-    written = f"<think>{' '.join(sample.chain)}</think>{sample.answer}"
-    return replace(sample, question=f"{sample.question} {THINK_ALOUD}", answer=written)
 
 
 @dataclass(frozen=True)
@@ -134,21 +128,29 @@ def pad_targets(rows: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 class PhantomBatches:
-    """Training batches of `images_per_batch` fresh phantoms with all their questions."""
+    """Training batches of `images_per_batch` fresh phantoms, with all their questions or with descriptions."""
 
     def __init__(self, directory: Path, seed: int, images_per_batch: int) -> None:
         self.collator = Collator(directory)
         self.seed = seed
         self.images_per_batch = images_per_batch
 
-    def draw(self, index: int, aloud: bool = False) -> Batch:
-        first = index * self.images_per_batch
-        phantoms = [draw_phantom("train", self.seed, first + i) for i in range(self.images_per_batch)]
-        return self.collate([(phantom, ask(phantom)) for phantom in phantoms], aloud)
+    def draw(self, index: int) -> Batch:
+        return self.collate([(phantom, ask(phantom)) for phantom in self._phantoms(index)])
 
-    def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]], aloud: bool = False) -> Batch:
-        if aloud:
-            asked = [(phantom, [think_aloud(sample) for sample in samples]) for phantom, samples in asked]
+    def draw_scenes(self, index: int) -> Batch:
+        """Every phantom described twice, in two orders."""
+        asked = []
+        for phantom in self._phantoms(index):
+            order = make_rng(phantom.split, phantom.seed, phantom.index, CAPTION_STREAM)
+            asked.append(Asked(phantom.image, [(REQUEST, describe_scene(phantom, order)) for _ in range(2)]))
+        return self.collator.collate(asked)
+
+    def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]]) -> Batch:
         return self.collator.collate(
             [Asked(phantom.image, [(s.question, s.answer) for s in samples]) for phantom, samples in asked]
         )
+
+    def _phantoms(self, index: int) -> list[Phantom]:
+        first = index * self.images_per_batch
+        return [draw_phantom("train", self.seed, first + i) for i in range(self.images_per_batch)]
