@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from vitalrt_training.data import teacher
 from vitalrt_training.data.modalities import KINDS
 from vitalrt_training.data.phantom import MODALITIES, Phantom, Target, draw_phantom
 from vitalrt_training.data.roi import VisionEncoder, phantom_mask, roi_features, square_crop
+from vitalrt_training.optimizing import cosine_rate, new_adamw, update
 from vitalrt_training.run_files import (
     claim_directory,
     progress_bar,
@@ -159,7 +159,7 @@ def train_encoder(recipe: EncoderRecipe, run_dir: Path) -> Path:
     claim_directory(run_dir, json.dumps(asdict(recipe), indent=2) + "\n")
     tokenizer, processor = _caption_tokenizer(recipe), _image_processor()
     model = _new_model(recipe, tokenizer)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe.weight_decay), betas=(0.9, 0.98), fused=True)
+    optimizer = new_adamw(model, recipe.weight_decay)
     state_path, log_path = run_dir / f"{STAGE}.pt", run_dir / "log.jsonl"
     first_step = restore_state(state_path, model, optimizer)
     trim_log(log_path, STAGE, first_step)
@@ -170,7 +170,9 @@ def train_encoder(recipe: EncoderRecipe, run_dir: Path) -> Path:
             images, captions = draw_views(recipe, step)
             loss = sigmoid_loss(_logits(model, tokenizer, processor, images, captions), captions)
             record = {"stage": STAGE, "step": step, "views": len(images)}
-            record |= _update(model, optimizer, recipe, step, loss)
+            rate = cosine_rate(recipe.learning_rate, step, recipe.steps, recipe.warmup_steps)
+            what = f"step {step} (phantoms from index {step * recipe.phantoms_per_batch}, seed {recipe.seed})"
+            record |= update(model, optimizer, loss, rate, recipe.max_grad_norm, what)
             record["seconds"] = round(time.perf_counter() - started, 3)
             log.write(json.dumps(record) + "\n")
             log.flush()
@@ -291,38 +293,3 @@ def _logits(
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
     pixels = processor(images=images, return_tensors="pt")["pixel_values"]
     return model(input_ids=ids, pixel_values=pixels).logits_per_text
-
-
-def _update(
-    model: SiglipModel, optimizer: torch.optim.Optimizer, recipe: EncoderRecipe, step: int, loss: torch.Tensor
-) -> dict[str, Any]:
-    rate = _learning_rate(recipe, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        raise VitalError(
-            f"encoder: loss {loss.item()}, gradient norm {norm.item()} at step {step} (phantoms from index "
-            f"{step * recipe.phantoms_per_batch}, seed {ENCODER_SEED + recipe.seed})"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate}
-
-
-def _learning_rate(recipe: EncoderRecipe, step: int) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _parameter_groups(model: SiglipModel, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on matrices only."""
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]

@@ -6,7 +6,6 @@ Everything random in a step is drawn from (seed, step), so a resumed run goes on
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
 
-from vitalrt.errors import VitalError
 from vitalrt.inputs.processor import PatchOptions
 from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.batches import Batch, PhantomBatches
@@ -27,6 +25,7 @@ from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.data.scene_captions import NUMBERS, REQUEST
 from vitalrt_training.latent_loop import run_loop
 from vitalrt_training.losses import IGNORED, task_loss
+from vitalrt_training.optimizing import cosine_rate, new_adamw, update
 from vitalrt_training.recipes import PhantomRecipe
 from vitalrt_training.run_files import (
     claim_directory,
@@ -124,7 +123,7 @@ def _loop_stage(
 
 
 def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
-    optimizer = torch.optim.AdamW(_parameter_groups(stage.module, recipe), betas=(0.9, 0.98), fused=True)
+    optimizer = new_adamw(stage.module, recipe.weight_decay)
     state_path = run_dir / f"{stage.name}.pt"
     first_step = restore_state(state_path, stage.module, optimizer)
     trim_log(run_dir / "log.jsonl", stage.name, first_step)
@@ -149,14 +148,6 @@ def draw_k(recipe: PhantomRecipe, seed: int, step: int) -> int:
     return int(np.random.default_rng((seed, step)).choice(len(weights), p=weights / weights.sum()))
 
 
-def learning_rate(stage: Stage, recipe: PhantomRecipe, step: int) -> float:
-    """Linear warm-up, then half a cosine down to nothing."""
-    if step < recipe.warmup_steps:
-        return stage.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, stage.steps - recipe.warmup_steps)
-    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
 @torch.no_grad()
 def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) -> float:
     """Share of answers whose every token is the most likely one, which is when greedy decoding writes them."""
@@ -168,20 +159,10 @@ def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) ->
 def _step(
     stage: Stage, optimizer: torch.optim.Optimizer, recipe: PhantomRecipe, step: int, state_path: Path
 ) -> dict[str, Any]:
-    rate = learning_rate(stage, recipe, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     loss, record = stage.loss_of(step)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(stage.module.parameters(), recipe.max_grad_norm)
-    if not math.isfinite(loss.item()) or not math.isfinite(norm.item()):
-        raise VitalError(
-            f"training: loss {loss.item()}, gradient norm {norm.item()} at step {step} of stage {stage.name} "
-            f"(seed {recipe.seed}); the last good state, if any, is {state_path}"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return record | {"loss": loss.item(), "grad_norm": norm.item(), "learning_rate": rate}
+    rate = cosine_rate(stage.learning_rate, step, stage.steps, recipe.warmup_steps)
+    what = f"step {step} of stage {stage.name} (seed {recipe.seed}); the last good state, if any, is {state_path}"
+    return record | update(stage.module, optimizer, loss, rate, recipe.max_grad_norm, what)
 
 
 def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
@@ -201,15 +182,6 @@ def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
             phantom_config(tokenizer).save_pretrained(partial)
             generation_config(tokenizer).save_pretrained(partial)
     return base_dir
-
-
-def _parameter_groups(module: nn.Module, recipe: PhantomRecipe) -> list[dict[str, Any]]:
-    """Weight decay on matrices only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
 
 
 def _export(model: Qwen3VLForConditionalGeneration, recipe: PhantomRecipe, base_dir: Path, run_dir: Path) -> Path:
