@@ -26,7 +26,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "backend: torch": "used for every operation, on any device",
+        "backend: torch": "used for prefill everywhere, and for every step but those of the C++ core",
         "backend: C++ core": "used for the cache's pages, and for the steps of small float32 models on the CPU",
         "backend: triton": _triton(),
         "backend: cuda": _cuda(),
@@ -97,7 +97,8 @@ def _cuda() -> str:
 
 def _triton() -> str:
     found = importlib.util.find_spec("triton") is not None
-    return "not used: this release has no Triton kernels" + ("" if found else ", and triton is not installed")
+    reason = "not used: the engine does not call the Triton kernels yet"
+    return reason if found else f"{reason}, and triton is not installed"
 
 
 def _onnx() -> str:

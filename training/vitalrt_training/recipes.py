@@ -142,7 +142,6 @@ class VitalRecipe:
     max_grad_norm: float
     loss_limit: float
     precision: str
-    gradient_checkpointing: bool
     seed: int
     checkpoint_every: int
 
@@ -180,7 +179,6 @@ def vital_8b() -> VitalRecipe:
         max_grad_norm=1.0,
         loss_limit=100.0,
         precision="bf16",
-        gradient_checkpointing=True,
         seed=0,
         checkpoint_every=200,
     )
