@@ -189,7 +189,7 @@ def _export(model: Qwen3VLForConditionalGeneration, recipe: PhantomRecipe, base_
     vital = {
         "k": recipe.default_k,
         "feedback": "final_norm",
-        "provenance": f"vitalrt phantoms, trained from scratch, latents without supervision of their own, seed {recipe.seed}",
+        "provenance": f"vitalrt phantoms, from scratch, latents without supervision of their own, seed {recipe.seed}",
     }
     directory = run_dir / "model"
     with replacing_directory(directory) as partial:
