@@ -105,10 +105,22 @@ def test_a_bad_line_of_a_batch_is_named(capsys, tmp_path):
 
 
 def test_data_phantom_writes_what_it_says(capsys, tmp_path):
-    code, out, _ = run(capsys, "data", "phantom", "--count", 3, "--out", tmp_path / "p", "--json")
+    code, out, _ = run(capsys, "data", "phantom", "--count", 3, "--validation", 2, "--out", tmp_path / "p", "--json")
     assert code == 0
-    assert json.loads(out)["phantoms"] == 3
-    assert len(list((tmp_path / "p" / "images").glob("*.png"))) == 3
+    assert json.loads(out)["phantoms"] == {"train": 3, "validation": 2}
+    assert len(list((tmp_path / "p" / "images").glob("train-*.png"))) == 3
+    assert len(list((tmp_path / "p" / "images").glob("validation-*.png"))) == 2
+    code, out, _ = run(capsys, "eval", "--data", tmp_path / "p", "--split", "validation", "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert (report["split"], report["pictures"]) == ("validation", 2)
+    assert 0 <= report["accuracy"] <= 1 and set(report["by_type"])
+
+
+def test_data_roi_needs_an_encoder(capsys, tmp_path):
+    assert run(capsys, "data", "roi", tmp_path)[0] == 2
+    code, _, err = run(capsys, "data", "roi", tmp_path, "--encoder", tmp_path)
+    assert code == 1 and "samples.parquet" in err
 
 
 def test_bench_reports_rows_as_json(capsys, tmp_path):

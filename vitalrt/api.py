@@ -201,7 +201,7 @@ def load(
     Raises CheckpointError or CapacityError.
     """
     engine = EngineConfig(cache_tokens=cache_tokens, max_batch=max_batch)
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, adapter)
     if (checkpoint.directory / MANIFEST).is_file():
         return Model(checkpoint, open_engine(checkpoint, adapter, device, dtype, engine, stop_ids(checkpoint)))
     where = choose_device(device)

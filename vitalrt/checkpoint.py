@@ -33,12 +33,15 @@ class Checkpoint:
     vital: VitalConfig
 
     @classmethod
-    def open(cls, model: str | Path) -> Checkpoint:
+    def open(cls, model: str | Path, adapter: str | Path | None = None) -> Checkpoint:
+        """An adapter's vital.json, where it has one, stands in for the model's."""
         directory = resolve(model, "model")
         raw = read_json(directory / "config.json")
         if "quantization_config" in raw:
             raise CheckpointError("model: expected float weights (safetensors), got a quantized checkpoint")
-        return cls(directory, ModelConfig.from_dict(raw), VitalConfig.from_directory(directory))
+        trained = directory if adapter is None else resolve(adapter, "adapter")
+        source = trained if (trained / "vital.json").is_file() else directory
+        return cls(directory, ModelConfig.from_dict(raw), VitalConfig.from_directory(source))
 
 
 def resolve(location: str | Path, argument: str) -> Path:

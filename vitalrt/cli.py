@@ -74,11 +74,17 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """Latency of K = 0, 1, 2, 4 and of written chains of thought, interleaved in one run."""
+    """Latency of K = 0, 1, 2, 4 and of written chains of thought; with --model-cost, what a step has to move."""
+    if arguments.model_cost:
+        _print_model_cost(arguments)
+        return
     import numpy as np
 
     from vitalrt import latency
 
+    for name in ("context", "batch", "card", "bandwidth"):
+        if getattr(arguments, name) is not None:
+            raise VitalError(f"--{name}: expected together with --model-cost")
     if arguments.rounds < 1:
         raise VitalError(f"--rounds: expected at least 1, got {arguments.rounds}")
     model = _load(arguments)
@@ -96,8 +102,11 @@ def data_phantom(arguments: argparse.Namespace) -> None:
     """Write phantoms as PNG, masks, JSONL and Parquet."""
     with _needs("data"):
         from vitalrt_training.data.phantom import write_phantoms
-    write_phantoms(arguments.out, arguments.split, arguments.seed, arguments.count)
-    print(json.dumps({"out": str(arguments.out), "phantoms": arguments.count}) if arguments.json else arguments.out)
+    counts = {arguments.split: arguments.count}
+    if arguments.validation:
+        counts["validation"] = counts.get("validation", 0) + arguments.validation
+    write_phantoms(arguments.out, counts, arguments.seed)
+    print(json.dumps({"out": str(arguments.out), "phantoms": counts}) if arguments.json else arguments.out)
 
 
 def data_roi(arguments: argparse.Namespace) -> None:
@@ -140,14 +149,20 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Accuracy on fresh phantoms, beside the majority answer and with images shuffled among questions."""
+    """Accuracy on fresh phantoms or a data set, beside the majority answer and with images shuffled among questions."""
     with _needs("train"):
-        from vitalrt_training.evaluate import evaluate_phantoms, print_report
-    report = evaluate_phantoms(_load(arguments), arguments.split, arguments.seed, arguments.count, arguments.k)
+        from vitalrt_training import evaluate as evaluation
+        from vitalrt_training.data.tables import load_tables
+    model = _load(arguments)
+    if arguments.data is None:
+        report = evaluation.evaluate_phantoms(model, arguments.split, arguments.seed, arguments.count, arguments.k)
+    else:
+        shown = evaluation.TablePictures(load_tables(arguments.data), arguments.split)
+        report = {"split": arguments.split, **evaluation.evaluate(model, shown, arguments.k)}
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
-        print_report(report)
+        evaluation.print_report(report)
 
 
 def export_onnx(arguments: argparse.Namespace) -> None:
@@ -182,6 +197,15 @@ def export_onnx(arguments: argparse.Namespace) -> None:
             print(f"{name:<16}{value}")
 
 
+def export_merged(arguments: argparse.Namespace) -> None:
+    """Write a checkpoint with its adapter merged."""
+    from vitalrt import export
+    from vitalrt.api import BUNDLED
+
+    directory = export.merged(arguments.model or BUNDLED, arguments.adapter, arguments.out)
+    print(json.dumps({"directory": str(directory)}) if arguments.json else directory)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vitalrt",
@@ -204,12 +228,27 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--image", type=Path, help="default: a grey ramp")
     verb.add_argument("--question", default="Is the liver visible?")
     verb.add_argument("--rounds", type=int, default=10, help="chains of thought join every fifth")
+    verb.add_argument(
+        "--model-cost",
+        action="store_true",
+        help="bytes, launches and floors of a step from config.json alone; --model DIR or e.g. Qwen3-VL-8B (default)"
+        " or -32B, --dtype bf16 (default), int8 or fp32",
+    )
+    verb.add_argument("--context", type=int, metavar="N", help="model cost: tokens in the cache; default: 0")
+    verb.add_argument("--batch", type=int, metavar="N", help="model cost: sequences; default: 1")
+    verb.add_argument("--card", metavar="NAME", help="model cost: one card instead of all that are known")
+    verb.add_argument("--bandwidth", type=float, metavar="GB/S", help="model cost: of any other card")
     _add_model(verb)
 
     kinds = verbs.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="KIND")
     verb = _verb(kinds, "phantom", data_phantom)
     _add_phantoms(verb, split="train", seed=0, count=1000)
+    verb.add_argument("--validation", type=int, default=0, metavar="N", help="also so many validation phantoms")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
+    verb = _verb(kinds, "roi", data_roi)
+    verb.add_argument("data", metavar="DIR", help="a data set with masks; its samples table is filled")
+    verb.add_argument("--encoder", required=True, metavar="DIR", help="SigLIP or CLIP directory or hub id")
+    verb.add_argument("--device", default="cpu")
 
     kinds = verbs.add_parser("export", help="write deployment graphs").add_subparsers(required=True, metavar="KIND")
     verb = _verb(kinds, "onnx", export_onnx)
@@ -224,8 +263,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-verify", action="store_true", help="do not compare with torch")
     verb.add_argument("--dry-run", action="store_true", help="file sizes and memory, from config.json alone")
 
+    verb = _verb(kinds, "merged", export_merged)
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
+    verb.add_argument("--adapter", required=True, metavar="DIR", help="PEFT LoRA directory or hub id")
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory")
+
     verb = _verb(verbs, "train", train)
-    verb.add_argument("recipe", metavar="RECIPE", help="phantom, phantom_encoder, vital_8b or vital_2b")
+    verb.add_argument(
+        "recipe", metavar="RECIPE", help="phantom_backbone, phantom_encoder, phantom, vital_8b or vital_2b"
+    )
     verb.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe"
     )
@@ -234,6 +280,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "eval", evaluate)
     _add_phantoms(verb, split="test", seed=0, count=2000)
+    verb.add_argument("--data", metavar="DIR", help="the split of a data set's tables, in place of phantoms")
     verb.add_argument(
         "-k", type=int, action="append", help="latent steps, may be repeated; the last is reported in full"
     )
@@ -371,6 +418,32 @@ def _print_answer(request: Request, answer: Answer) -> None:
     print(f"Tokens        {answer.usage.prompt_tokens} prompt, {answer.usage.completion_tokens} answer")
     print("Timings (ms)  " + ", ".join(f"{part} {getattr(timings, part):.1f}" for part in parts))
     print(f"              {answer.notice}")
+
+
+def _print_model_cost(arguments: argparse.Namespace) -> None:
+    """`bench --model-cost`: for all known cards, one of them, or one of the given bandwidth."""
+    from vitalrt.model_cost import CARDS, DEFAULT_MODEL, Card, ModelCost
+
+    if arguments.bandwidth is not None:
+        if arguments.card is not None or not 0 < arguments.bandwidth < float("inf"):
+            raise VitalError(f"--bandwidth: expected GB/s above 0 and no --card, got {arguments.bandwidth}")
+        cards = [Card(f"{arguments.bandwidth:g} GB/s", arguments.bandwidth * 1e9, None, "as given")]
+    elif arguments.card is not None:
+        if arguments.card not in CARDS:
+            raise VitalError(f"--card: expected one of {sorted(CARDS)}, got {arguments.card!r}")
+        cards = [CARDS[arguments.card]]
+    else:
+        cards = list(CARDS.values())
+    cost = ModelCost.of(
+        arguments.model or DEFAULT_MODEL,
+        context=arguments.context or 0,
+        batch=1 if arguments.batch is None else arguments.batch,
+        dtype="bf16" if arguments.dtype == "auto" else arguments.dtype,
+    )
+    if arguments.json:
+        print(json.dumps(cost.record(cards), indent=2))
+    else:
+        Console().print(cost.operations_table(), cost.floors_table(cards), sep="\n")
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -95,7 +95,7 @@ def test_bad_arguments_are_named(arguments, named):
 
 def test_written_files_hold_what_was_drawn(tmp_path):
     out = tmp_path / "phantoms"
-    write_phantoms(out, "validation", 5, 6)
+    write_phantoms(out, {"validation": 6}, 5)
     images = pq.read_table(out / "images.parquet").to_pylist()
     samples = pq.read_table(out / "samples.parquet").to_pylist()
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -106,7 +106,7 @@ def test_written_files_hold_what_was_drawn(tmp_path):
         assert (row["modality"], row["split"], row["source"]) == (phantom.modality, "validation", "phantom")
         assert np.array_equal(np.asarray(Image.open(out / row["path"])), phantom.image)
         assert hashlib.sha256((out / row["path"]).read_bytes()).hexdigest() == row["sha256"]
-        masks = sorted((out / "masks").glob(f"{index:06d}_*.png"))
+        masks = sorted((out / "masks").glob(f"validation-{index:06d}_*.png"))
         for path, target in zip(masks, phantom.targets, strict=True):
             assert np.array_equal(np.asarray(Image.open(path)) > 0, target.mask)
         for sample in ask(phantom):
@@ -124,21 +124,21 @@ def test_written_files_hold_what_was_drawn(tmp_path):
 def test_a_directory_with_content_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(VitalError, match="out_dir"):
-        write_phantoms(tmp_path, "train", 0, 1)
+        write_phantoms(tmp_path, {"train": 1}, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 def test_a_failed_run_leaves_nothing_behind(tmp_path):
     out = tmp_path / "phantoms"
     with pytest.raises(VitalError, match="split"):
-        write_phantoms(out, "dev", 0, 2)
+        write_phantoms(out, {"dev": 2}, 0)
     with pytest.raises(VitalError, match="count"):
-        write_phantoms(out, "train", 0, 0)
+        write_phantoms(out, {"train": 0}, 0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_empty_directory_is_filled(tmp_path):
     out = tmp_path / "phantoms"
     out.mkdir()
-    write_phantoms(out, "train", 0, 1)
+    write_phantoms(out, {"train": 1}, 0)
     assert (out / "samples.jsonl").stat().st_size > 0

@@ -234,7 +234,7 @@ def encoder_dir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     directory = tmp_path_factory.mktemp("phantoms") / "train"
-    write_phantoms(directory, "train", 0, 12)
+    write_phantoms(directory, {"train": 12}, 0)
     return directory
 
 

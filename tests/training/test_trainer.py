@@ -13,16 +13,16 @@ from vitalrt.errors import VitalError
 from vitalrt_training import trainer
 from vitalrt_training.data.phantom import draw_phantom
 from vitalrt_training.losses import Mean
-from vitalrt_training.recipes import phantom, with_settings
+from vitalrt_training.recipes import phantom, phantom_backbone, with_settings
 from vitalrt_training.vision_warmup import NUM_CLASSES, class_shares
 
 TINY = replace(
-    phantom(),
+    phantom_backbone(),
     vision_steps=3,
     vision_images_per_batch=2,
     scene_steps=2,
     scene_images_per_batch=2,
-    steps=5,
+    answer_steps=5,
     place_steps=2,
     images_per_batch=2,
     tokenizer_images=20,
@@ -44,7 +44,7 @@ def losses(run_dir):
     return [(record["stage"], record["step"], record["loss"]) for record in records]
 
 
-@pytest.mark.parametrize("interrupted_stage", ["vision", "scene", "loop", "places"])
+@pytest.mark.parametrize("interrupted_stage", ["vision", "scene", "answers", "places"])
 def test_an_interrupted_run_goes_on_bit_for_bit(finished_run, tmp_path, monkeypatch, interrupted_stage):
     do_step = trainer._step
 
@@ -79,16 +79,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
         trainer.train(TINY, tmp_path)
 
 
-def test_every_step_uses_a_k_of_the_recipe():
-    recipe = replace(TINY, k_weights=(0.0, 1.0, 0.0, 3.0))
-    drawn = [trainer.draw_k(recipe, 0, step) for step in range(400)]
-    assert set(drawn) == {1, 3}
-    assert 0.65 < drawn.count(3) / 400 < 0.85
-
-
 def test_settings_are_checked():
-    assert with_settings(phantom(), {"steps": "7", "k_weights": "1,0,2"}).k_weights == (1.0, 0.0, 2.0)
-    for settings, message in (({"stepz": "7"}, "stepz"), ({"steps": "many"}, "steps"), ({"steps": "0"}, "steps")):
+    assert with_settings(phantom(), {"seed": "7", "k_weights": "1,0,2"}).k_weights == (1.0, 0.0, 2.0)
+    assert with_settings(phantom(), {"k_weights": "", "losses.text_weight": "0"}).losses.text_weight == 0
+    for settings, message in (
+        ({"stepz": "7"}, "stepz"),
+        ({"seed": "many"}, "seed"),
+        ({"batch_size": "0"}, "batch_size"),
+        ({"epochs": "1,2"}, "epochs"),
+        ({"k_weights": "0,0,1"}, "k_weights"),
+        ({"final_rate": "2"}, "final_rate"),
+    ):
         with pytest.raises(VitalError, match=message):
             with_settings(phantom(), settings)
 

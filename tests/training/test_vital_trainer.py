@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -18,15 +19,15 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import vitalrt
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
-from vitalrt_training import recipes, vital_trainer
+from vitalrt_training import vital_trainer
 from vitalrt_training.adapter import AdapterConfig
-from vitalrt_training.backbone import generation_config, new_backbone, phantom_config, save_preprocessor
+from vitalrt_training.backbone import TINY, generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, write_rows
-from vitalrt_training.losses import LossConfig
-from vitalrt_training.recipes import Phase, vital_8b
+from vitalrt_training.losses import IGNORED, LossConfig
+from vitalrt_training.recipes import vital_8b
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
-from vitalrt_training.vital_trainer import VitalRun, train_vital
+from vitalrt_training.vital_trainer import VitalRun, rows_of, train_vital
 
 FEATURE_WIDTH = 12
 
@@ -66,6 +67,8 @@ def recipe(tmp_path_factory):
         data=str(data),
         feature_width=FEATURE_WIDTH,
         adapter=AdapterConfig(rank=4, alpha=8, dropout=0.0),
+        schedule="two_phase",
+        epochs=(1.0, 1.0),
         batch_size=4,
         learning_rate=1e-3,
         precision="no",
@@ -111,23 +114,37 @@ def write_tables(folder, phantoms):
     write_rows(folder / "samples.parquet", rows, SAMPLES_SCHEMA)
 
 
-@pytest.fixture(autouse=True)
-def short_schedule(monkeypatch):
-    monkeypatch.setitem(recipes.SCHEDULES, "three_phase", (Phase(0, 1, 1), Phase(0, 64, 1)))
-
-
 @pytest.fixture(scope="module")
 def finished(recipe, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(recipes.SCHEDULES, "three_phase", (Phase(0, 1, 1), Phase(0, 64, 1)))
-        run_dir = tmp_path_factory.mktemp("run")
-        train_vital(recipe, run_dir)
+    run_dir = tmp_path_factory.mktemp("run")
+    train_vital(recipe, run_dir)
     return run_dir
 
 
+def read_log(run_dir):
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
 def losses(run_dir):
-    records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    return [(r["stage"], r["step"], r["loss_task"], r["loss_text"], r["loss_visual"]) for r in records]
+    """Text and visual loss are NaN where no sample of a batch thought."""
+    names = ("loss_task", "loss_text", "loss_visual")
+    return [(r["stage"], r["step"], *(r.get(name, float("nan")) for name in names)) for r in read_log(run_dir)]
+
+
+def start_in_processes(recipe, folder, run_dir, processes):
+    """The run as a command of its own on one process or several; returns the command's Popen."""
+    (folder / "recipe.pickle").write_bytes(pickle.dumps(recipe))
+    (folder / "run.py").write_text(
+        "import pickle, sys\n"
+        "from pathlib import Path\n"
+        "from vitalrt_training.vital_trainer import train_vital\n"
+        "train_vital(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, folder / "run.py", folder / "recipe.pickle", run_dir]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
 
 
 def test_the_adapter_is_what_the_runtime_merges(recipe, finished):
@@ -179,42 +196,90 @@ def test_an_interrupted_run_goes_on_bit_for_bit(recipe, finished, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         train_vital(recipe, tmp_path)
     monkeypatch.undo()
-    monkeypatch.setitem(recipes.SCHEDULES, "three_phase", (Phase(0, 1, 1), Phase(0, 64, 1)))
     train_vital(recipe, tmp_path)
     assert losses(tmp_path) == losses(finished)
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
-def test_two_processes_have_the_losses_of_one(recipe, tmp_path):
-    """gloo on the CPU, same global batch, no dropout (each process draws its own)."""
-    recipe = replace(recipe, projector="linear")
+def test_a_killed_run_goes_on_bit_for_bit(recipe, finished, tmp_path):
+    """SIGKILL, at whatever it was doing, once after the first state and once later; dropout and data order included."""
+    recipe = replace(recipe, adapter=replace(recipe.adapter, dropout=0.1))
+    torch.set_num_threads(1)
+    train_vital(recipe, tmp_path / "whole")
+    for num_records in (3, 7):
+        process = start_in_processes(recipe, tmp_path, tmp_path / "killed", processes=1)
+        deadline = time.monotonic() + 120
+        log = tmp_path / "killed" / "log.jsonl"
+        while not (log.is_file() and log.read_text().count("\n") >= num_records):
+            assert process.poll() is None and time.monotonic() < deadline, process.stderr.read()[-3000:]
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "killed" / "adapter").exists()
+    train_vital(recipe, tmp_path / "killed")
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("k_weights", [(), (1.0, 1.0)])
+def test_two_processes_have_the_losses_of_one(recipe, tmp_path, k_weights):
+    """gloo on the CPU, same global batch, no dropout (each process draws its own); with batches that do not think."""
+    recipe = replace(recipe, projector="linear", k_weights=k_weights)
     train_vital(recipe, tmp_path / "one")
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import pickle, sys\n"
-        "from pathlib import Path\n"
-        "from vitalrt_training import recipes\n"
-        "from vitalrt_training.recipes import Phase\n"
-        "from vitalrt_training.vital_trainer import train_vital\n"
-        "recipes.SCHEDULES['three_phase'] = (Phase(0, 1, 1), Phase(0, 64, 1))\n"
-        "train_vital(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))\n"
-    )
-    (tmp_path / "recipe.pickle").write_bytes(pickle.dumps(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    finished_command = subprocess.run(
-        [*command, str(tmp_path / "recipe.pickle"), str(tmp_path / "two")],
-        env=environment,
-        timeout=300,
-        capture_output=True,
-        text=True,
-    )
-    assert finished_command.returncode == 0, finished_command.stderr[-3000:]
+    process = start_in_processes(recipe, tmp_path, tmp_path / "two", processes=2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert one[:2] == two[:2]
-        assert two[2:] == pytest.approx(one[2:], abs=1e-5)
+        assert two[2:] == pytest.approx(one[2:], abs=1e-5, nan_ok=True)
+
+
+def test_k_weights_let_every_batch_think_for_itself(recipe, tmp_path):
+    recipe = replace(recipe, text_decoder=TINY, k_weights=(1.0, 1.0, 1.0, 1.0), images_together=True)
+    directory = train_vital(recipe, tmp_path)
+    drawn = {stage: {r["k"] for r in read_log(tmp_path) if r["stage"] == stage} for stage in ("phase 1", "phase 2")}
+    assert drawn["phase 1"] == {0, 1, 2} and drawn["phase 2"] == {0, 1, 2, 3}
+    assert vitalrt.load(recipe.backbone, adapter=directory).checkpoint.vital.k == 3
+    assert Scaffold.load(directory).text_decoder.config.hidden_size == 128
+
+
+def test_chains_are_cut_or_end_before_the_latents_do(recipe, tmp_path):
+    run = VitalRun(recipe, tmp_path, vital_trainer.Accelerator())
+    lengths = run.tables.num_steps
+    rows = [int(np.flatnonzero(lengths == 1)[0]), int(np.flatnonzero(lengths > 2)[0])]
+    batch = run.collator.collate(rows, k=2)
+    own = run.collator.collate(rows)
+    has_words = (batch.chain_ids != IGNORED).any(-1)
+    assert batch.num_steps.tolist() == [2, 2]
+    assert sorted(has_words.sum(-1).tolist()) == [1, 2]
+    assert sorted(own.num_steps.tolist()) == sorted(lengths[rows].tolist())
+    found = run.model(batch)
+    assert found["text"].counted == 2 and torch.isfinite(found["text"].value())
+    assert set(run.model(run.collator.collate(rows, k=0))) == {"task"}
+
+
+def test_questions_about_a_picture_share_a_batch(recipe, tmp_path):
+    rows = None
+    for together in (False, True):
+        run = VitalRun(replace(recipe, images_together=together), tmp_path / str(together), vital_trainer.Accelerator())
+        rows = rows_of(run.tables, recipe.phases[1])
+        steps = len(rows) // recipe.batch_size
+        batches = [run._rows_of_step(rows, 1, step, steps) for step in range(steps)]
+        assert len({row for batch in batches for row in batch}) == steps * recipe.batch_size
+        pictures = np.mean([len({int(run.tables.image_rows[row]) for row in batch}) for batch in batches])
+        assert (pictures < 2.1) == together
+        assert batches != [run._rows_of_step(rows, 1, step + steps, steps) for step in range(steps)]
+
+
+def test_the_rate_warms_up_and_falls_to_its_final_share(recipe):
+    recipe = replace(recipe, learning_rate=1.0, warmup_share=0.1, final_rate=0.25)
+    rates = [vital_trainer.learning_rate(recipe, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (n + 1) for n in range(10)])
+    assert rates[55] == pytest.approx((1 + 0.25) / 2)
+    assert rates[-1] == pytest.approx(0.25, abs=1e-3)
+    assert vital_trainer.learning_rate(replace(recipe, final_rate=1.0), 99, 100) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The phantom backbone: Qwen3-VL's architecture at a size that two CPU cores can train."""
+"""The phantom backbone and text decoder: Qwen3-VL's and Qwen3's architectures at a size that a CPU core can train."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
+TINY = "tiny"  # as the name of a text decoder
 PATCH_SIZE = 8
 MERGE_SIZE = 2
 IMAGE_PIXELS = 96 * 96
@@ -65,6 +72,25 @@ def phantom_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLConfig:
         vision_start_token_id=vocabulary["<|vision_start|>"],
         vision_end_token_id=vocabulary["<|vision_end|>"],
         tie_word_embeddings=False,
+    )
+
+
+def tiny_decoder_config(backbone: Qwen3VLConfig) -> Qwen3Config:
+    """A text decoder that reads reasoning steps in the backbone's own vocabulary."""
+    text = backbone.get_text_config()
+    return Qwen3Config(
+        vocab_size=text.vocab_size,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=True,
+        eos_token_id=text.eos_token_id,
+        pad_token_id=text.pad_token_id,
     )
 
 

@@ -1,12 +1,13 @@
-"""How well a model answers about phantoms, and whether it looks at them."""
+"""How well a model answers about pictures, and whether it looks at them."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -14,10 +15,58 @@ from rich.table import Table
 from vitalrt.api import Model
 from vitalrt.engine.request import Request
 from vitalrt.errors import VitalError
-from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
+from vitalrt_training.data.phantom import Sample, ask, draw_phantom
+from vitalrt_training.data.tables import Tables
 
-PHANTOMS_AT_A_TIME = 16
+PICTURES_AT_A_TIME = 16
 MAX_ANSWER_TOKENS = 24
+OPEN_TYPE = "describe"  # answered in a sentence; every other answer is compared word for word
+
+
+class Shown(NamedTuple):
+    """A picture (uint8 RGB [H, W, 3]) and what is asked about it."""
+
+    picture: np.ndarray
+    modality: str
+    samples: Sequence[Sample]
+
+
+class Phantoms(Sequence[Shown]):
+    """The first `count` phantoms of a seed, drawn when they are asked for."""
+
+    def __init__(self, split: str, seed: int, count: int) -> None:
+        self.split, self.seed, self.count = split, seed, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: Any) -> Any:
+        phantom = draw_phantom(self.split, self.seed, range(self.count)[index])
+        return Shown(phantom.image, phantom.modality, ask(phantom))
+
+
+class TablePictures(Sequence[Shown]):
+    """The pictures of a split of the training tables, in their order."""
+
+    def __init__(self, tables: Tables, split: str) -> None:
+        self.tables = tables
+        rows = tables.select(split)
+        self.rows_of_picture = [
+            rows[tables.image_rows[rows] == image].tolist() for image in np.unique(tables.image_rows[rows])
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows_of_picture)
+
+    def __getitem__(self, index: Any) -> Any:
+        rows = self.rows_of_picture[index]
+        image = self.tables.images[int(self.tables.image_rows[rows[0]])]
+        return Shown(self.tables.read_picture(rows[0]), image["modality"], [self._sample(row) for row in rows])
+
+    def _sample(self, row: int) -> Sample:
+        found = self.tables.samples[row]
+        texts = {name: found[name] for name in ("question", "answer", "question_type", "target_name", "target_type")}
+        return Sample(**texts, chain=tuple(found["chain"]), closed=found["question_type"] != OPEN_TYPE)
 
 
 @dataclass(frozen=True)
@@ -38,25 +87,28 @@ def normalise(text: str) -> str:
 
 
 def evaluate_phantoms(model: Model, split: str, seed: int, count: int, steps: Sequence[int] | None) -> dict[str, Any]:
-    """Exact-match accuracy over `count` fresh phantoms, for each k of `steps` (None: the checkpoint's default).
+    """Over `count` fresh phantoms; see evaluate."""
+    return {"split": split, "seed": seed, **evaluate(model, Phantoms(split, seed, count), steps)}
+
+
+def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int] | None) -> dict[str, Any]:
+    """Exact-match accuracy on closed questions, for each k of `steps` (None: the checkpoint's default).
 
     The last k is reported per question type, modality and chain length, beside the share of the most common answer of
-    each type, and once more with every question asked about the next phantom's image ("shuffled").
+    each type, and once more with every question asked about the next picture ("shuffled").
     """
-    if count < 2:
-        raise VitalError(f"count: expected at least 2 phantoms, got {count}")
+    if len(shown) < 2:
+        raise VitalError(f"count: expected at least 2 pictures, got {len(shown)}")
     ks = list(steps) if steps else [model.checkpoint.vital.k]
     by_k = {}
     for k in ks:
-        outcomes = list(ask_all(model, split, seed, count, k, shift=0))
+        outcomes = list(ask_all(model, shown, k, shift=0))
         by_k[k] = _closed(outcomes)
-    shuffled = _closed(list(ask_all(model, split, seed, count, ks[-1], shift=1)))
+    shuffled = _closed(list(ask_all(model, shown, ks[-1], shift=1)))
     closed = by_k[ks[-1]]
     majority = majority_of_type(closed)
     return {
-        "split": split,
-        "seed": seed,
-        "phantoms": count,
+        "pictures": len(shown),
         "k": ks[-1],
         "closed_questions": len(closed),
         "accuracy": accuracy(closed),
@@ -73,22 +125,21 @@ def evaluate_phantoms(model: Model, split: str, seed: int, count: int, steps: Se
     }
 
 
-def ask_all(model: Model, split: str, seed: int, count: int, k: int, shift: int) -> Iterator[Outcome]:
-    """Every question of every phantom, asked about the image of the phantom `shift` places further on."""
-    first_of_chunk = range(0, count, PHANTOMS_AT_A_TIME)
+def ask_all(model: Model, shown: Sequence[Shown], k: int, shift: int) -> Iterator[Outcome]:
+    """Every question of every picture, asked about the picture `shift` places further on."""
+    first_of_chunk = range(0, len(shown), PICTURES_AT_A_TIME)
     for first in track(first_of_chunk, f"k={k}, shuffled" if shift else f"k={k}", console=Console(stderr=True)):
-        indices = range(first, min(first + PHANTOMS_AT_A_TIME, count))
-        asked: list[tuple[Phantom, Sample]] = []
+        asked: list[tuple[str, Sample]] = []
         requests = []
-        for index in indices:
-            phantom = draw_phantom(split, seed, index)
-            shown = phantom if shift == 0 else draw_phantom(split, seed, (index + shift) % count)
-            for sample in ask(phantom):
-                asked.append((phantom, sample))
-                requests.append(Request(shown.image, sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS))
+        for index in range(first, min(first + PICTURES_AT_A_TIME, len(shown))):
+            one = shown[index]
+            picture = one.picture if shift == 0 else shown[(index + shift) % len(shown)].picture
+            for sample in one.samples:
+                asked.append((one.modality, sample))
+                requests.append(Request(picture, sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS))
         answers = model.generate_batch(requests)
-        for (phantom, sample), answer in zip(asked, answers, strict=True):
-            yield Outcome(sample, phantom.modality, answer.text)
+        for (modality, sample), answer in zip(asked, answers, strict=True):
+            yield Outcome(sample, modality, answer.text)
 
 
 def majority_of_type(outcomes: Sequence[Outcome]) -> dict[str, tuple[str, float]]:
@@ -114,7 +165,7 @@ def group_accuracy(outcomes: Sequence[Outcome], key: Callable[[Outcome], str]) -
 def print_report(report: dict[str, Any]) -> None:
     console = Console()
     console.print(
-        f"{report['phantoms']} {report['split']} phantoms, seed {report['seed']}, k={report['k']}: "
+        f"{report['pictures']} {report['split']} pictures, k={report['k']}: "
         f"{report['accuracy']:.1%} of {report['closed_questions']} closed questions right "
         f"(most common answer per type {report['majority_accuracy']:.1%}, images shuffled "
         f"{report['shuffled_accuracy']:.1%}; open descriptions word for word {report['describe_accuracy']:.1%})"

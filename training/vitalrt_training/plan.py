@@ -16,6 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.adapter import attach_adapter
+from vitalrt_training.backbone import TINY, tiny_decoder_config
 from vitalrt_training.recipes import VitalRecipe
 
 # Shapes of the models that recipes name, so that a plan needs no network. Source: their config.json on the hub.
@@ -84,7 +85,7 @@ def plan(recipe: VitalRecipe, samples_by_steps: dict[int, int] | None = None) ->
     with torch.device("meta"):
         backbone = Qwen3VL(backbone_config(recipe.backbone))
         width = backbone.config.get_text_config().hidden_size
-        decoder = AutoModelForCausalLM.from_config(decoder_config(recipe.text_decoder))
+        decoder = AutoModelForCausalLM.from_config(decoder_config(recipe.text_decoder, backbone.config))
         scaffold = Scaffold.build(recipe.projector, width, recipe.feature_width, decoder)
         num_backbone = num_parameters(backbone)
         adapted = attach_adapter(backbone, recipe.adapter)
@@ -102,7 +103,7 @@ def plan(recipe: VitalRecipe, samples_by_steps: dict[int, int] | None = None) ->
     return Plan(
         parameters,
         trainable,
-        [n // recipe.batch_size * phase.epochs for n, phase in zip(per_epoch, recipe.phases, strict=True)],
+        [int(n // recipe.batch_size * phase.epochs) for n, phase in zip(per_epoch, recipe.phases, strict=True)],
         per_epoch,
         num_backbone * BYTES_FROZEN + trainable * BYTES_TRAINABLE,
     )
@@ -126,7 +127,9 @@ def backbone_config(name: str) -> Qwen3VLConfig:
     )
 
 
-def decoder_config(name: str) -> PreTrainedConfig:
+def decoder_config(name: str, backbone: Qwen3VLConfig) -> PreTrainedConfig:
+    if name == TINY:
+        return tiny_decoder_config(backbone)
     if Path(name).is_dir():
         return AutoConfig.from_pretrained(name)
     if name not in KNOWN_DECODERS:
@@ -146,7 +149,7 @@ def print_plan(recipe: VitalRecipe, found: Plan) -> None:
     table = Table("phase", "K", "epochs", "samples an epoch", "steps")
     for number, (phase, samples, steps) in enumerate(zip(recipe.phases, found.samples, found.steps, strict=True), 1):
         table.add_row(
-            str(number), f"{phase.min_steps}..{phase.max_steps}", str(phase.epochs), f"{samples:,}", f"{steps:,}"
+            str(number), f"{phase.min_steps}..{phase.max_steps}", f"{phase.epochs:g}", f"{samples:,}", f"{steps:,}"
         )
     console.print(table)
     console.print(

@@ -10,20 +10,20 @@ from vitalrt.config import MAX_LATENT_STEPS
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import PROJECTORS
 from vitalrt_training.adapter import AdapterConfig
+from vitalrt_training.backbone import TINY
 from vitalrt_training.encoder import EncoderRecipe, phantom_encoder
 from vitalrt_training.losses import LossConfig
 
 
 @dataclass(frozen=True)
-class PhantomRecipe:
-    """A training run on phantoms from scratch: the vision tower on masks, then the decoder on descriptions, then on
-    answers with the latent loop.
+class BackboneRecipe:
+    """A small Qwen3-VL from scratch on phantoms, without latent steps: the vision tower on masks, then the decoder on
+    descriptions, then on answers.
 
-    vision_steps, scene_steps, steps, place_steps: optimiser steps of the stages, each with its own warm-up and cosine
-    decay; the last two train on answers, the last one with a tower that says louder where things are.
+    vision_steps, scene_steps, answer_steps, place_steps: optimiser steps of the stages, each with its own warm-up and
+    cosine decay; the last two train on answers, the last one with a tower that says louder where things are.
     images_per_batch: fresh phantoms per step, each with all its questions.
-    k_weights: how often a step uses k = 0, 1, 2, ... latent steps, so that one checkpoint serves every k.
-    default_k: written to vital.json.  tokenizer_images: phantoms whose text the tokenizer is learnt from.
+    tokenizer_images: phantoms whose text the tokenizer is learnt from.
     checkpoint_every, validate_every: in steps.  threads: of torch on the CPU; sums, and so losses, depend on it.
     """
 
@@ -33,15 +33,13 @@ class PhantomRecipe:
     vision_learning_rate: float
     scene_steps: int
     scene_images_per_batch: int
-    steps: int
+    answer_steps: int
     place_steps: int
     images_per_batch: int
     learning_rate: float
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float
-    k_weights: tuple[float, ...]
-    default_k: int
     vocab_size: int
     tokenizer_images: int
     validation_images: int
@@ -55,7 +53,7 @@ class PhantomRecipe:
             "vision_images_per_batch",
             "scene_steps",
             "scene_images_per_batch",
-            "steps",
+            "answer_steps",
             "place_steps",
             "images_per_batch",
             "checkpoint_every",
@@ -65,28 +63,24 @@ class PhantomRecipe:
         ):
             if getattr(self, name) < 1:
                 raise VitalError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 1 <= len(self.k_weights) <= MAX_LATENT_STEPS + 1 or sum(self.k_weights) <= 0 or min(self.k_weights) < 0:
-            raise VitalError(f"k_weights: expected non-negative weights for k = 0, 1, ..., got {self.k_weights}")
 
 
-def phantom() -> PhantomRecipe:
-    """The bundled checkpoint: about 35 minutes on one CPU core."""
-    return PhantomRecipe(
+def phantom_backbone() -> BackboneRecipe:
+    """What the bundled checkpoint is adapted from: about half an hour on one CPU core."""
+    return BackboneRecipe(
         seed=0,
         vision_steps=400,
         vision_images_per_batch=48,
         vision_learning_rate=2e-3,
         scene_steps=900,
         scene_images_per_batch=8,
-        steps=2400,
-        place_steps=1700,
+        answer_steps=2400,
+        place_steps=2600,
         images_per_batch=4,
         learning_rate=1e-3,
         warmup_steps=50,
         weight_decay=0.05,
         max_grad_norm=1.0,
-        k_weights=(1.0, 1.0, 1.0, 1.0, 4.0),
-        default_k=4,
         vocab_size=640,
         tokenizer_images=1500,
         validation_images=64,
@@ -98,11 +92,11 @@ def phantom() -> PhantomRecipe:
 
 @dataclass(frozen=True)
 class Phase:
-    """Samples whose K lies in min_steps..max_steps, for a number of epochs."""
+    """Samples whose chain has min_steps..max_steps steps, for a number of epochs."""
 
     min_steps: int
     max_steps: int
-    epochs: int
+    epochs: float
 
 
 ALL = MAX_LATENT_STEPS
@@ -120,24 +114,35 @@ starts from K=4 and decreases" is read as K = 4, then K >= 2, then all."""
 class VitalRecipe:
     """VITAL's training (section 3.3, appendix A.6) of a LoRA adapter and its scaffolding, over the tables in `data`.
 
-    backbone, text_decoder: Hugging Face directories or hub ids.  data: a folder with images.parquet, samples.parquet.
+    backbone, text_decoder: Hugging Face directories or hub ids; text_decoder "tiny" is a small one with random weights
+    and the backbone's tokenizer.
+    data: a folder with images.parquet, samples.parquet.
+    images_together: the questions about a picture share a batch, and so its encoding; otherwise samples are shuffled.
     projector: a variant of vitalrt.model.scaffold.  feature_width: v of the ROI features, checked against the table.
     schedule: a name in SCHEDULES; each phase starts from the weights of the one before, with a new optimiser.
+    epochs: of each phase, in place of the schedule's own where given.
+    k_weights: how often a batch thinks 0, 1, 2, ... steps, up to the longest chain of its phase, so that one adapter
+    serves every k: chains are cut, or end before the latents do. Empty: each sample thinks as long as its chain is.
     batch_size: samples per optimiser step over all processes.  warmup_share: of each phase's steps.
+    final_rate: share of the learning rate that a cosine leaves at the end of a phase; 1 keeps it constant.
     loss_limit: a loss above it counts as exploded and stops the run.  precision: "no" or "bf16" (autocast).
     """
 
     backbone: str
     text_decoder: str
     data: str
+    images_together: bool
     feature_width: int
     projector: str
     adapter: AdapterConfig
     losses: LossConfig
     schedule: str
+    epochs: tuple[float, ...]
+    k_weights: tuple[float, ...]
     batch_size: int
     learning_rate: float
     warmup_share: float
+    final_rate: float
     weight_decay: float
     max_grad_norm: float
     loss_limit: float
@@ -155,10 +160,24 @@ class VitalRecipe:
         for name in ("batch_size", "checkpoint_every", "feature_width"):
             if getattr(self, name) < 1:
                 raise VitalError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        planned = len(SCHEDULES[self.schedule])
+        if self.epochs and (len(self.epochs) != planned or min(self.epochs) <= 0):
+            raise VitalError(f"epochs: expected {planned} positive numbers for {self.schedule}, got {self.epochs}")
+        if self.k_weights and not (
+            len(self.k_weights) <= MAX_LATENT_STEPS + 1 and min(self.k_weights) >= 0 and sum(self.k_weights[:2]) > 0
+        ):
+            raise VitalError(
+                f"k_weights: expected weights for k = 0, 1, ..., one of these two > 0, got {self.k_weights}"
+            )
+        if not 0 <= self.final_rate <= 1:
+            raise VitalError(f"final_rate: expected 0 to 1, got {self.final_rate}")
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return SCHEDULES[self.schedule]
+        phases = SCHEDULES[self.schedule]
+        if not self.epochs:
+            return phases
+        return tuple(replace(phase, epochs=epochs) for phase, epochs in zip(phases, self.epochs, strict=True))
 
 
 def vital_8b() -> VitalRecipe:
@@ -167,14 +186,18 @@ def vital_8b() -> VitalRecipe:
         backbone="Qwen/Qwen3-VL-8B-Instruct",
         text_decoder="Qwen/Qwen3-1.7B",
         data="data",
+        images_together=False,
         feature_width=1152,
         projector="res_mlp_ln",
         adapter=AdapterConfig(),
         losses=LossConfig(),
         schedule="three_phase",
+        epochs=(),
+        k_weights=(),
         batch_size=48,
         learning_rate=2e-5,
         warmup_share=0.05,
+        final_rate=1.0,
         weight_decay=0.01,
         max_grad_norm=1.0,
         loss_limit=100.0,
@@ -189,9 +212,38 @@ def vital_2b() -> VitalRecipe:
     return replace(vital_8b(), backbone="Qwen/Qwen3-VL-2B-Instruct", text_decoder="Qwen/Qwen3-0.6B")
 
 
-Recipe = PhantomRecipe | EncoderRecipe | VitalRecipe
+def phantom() -> VitalRecipe:
+    """The bundled checkpoint, over the phantom backbone and the features of the phantom encoder."""
+    return VitalRecipe(
+        backbone="runs/backbone/model",
+        text_decoder=TINY,
+        data="phantoms",
+        images_together=True,
+        feature_width=128,
+        projector="res_mlp_ln",
+        adapter=AdapterConfig(),
+        # With 128 features the sum of equation 6 weighs about as much as the other losses; its mean would not be felt.
+        losses=LossConfig(visual_reduction="sum"),
+        schedule="three_phase",
+        epochs=(0.4, 0.4, 1.0),
+        k_weights=(1.0, 1.0, 1.0, 1.0, 4.0),
+        batch_size=28,
+        learning_rate=1e-3,
+        warmup_share=0.05,
+        final_rate=0.0,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        loss_limit=100.0,
+        precision="no",
+        seed=0,
+        checkpoint_every=100,
+    )
+
+
+Recipe = BackboneRecipe | EncoderRecipe | VitalRecipe
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "phantom": phantom,
+    "phantom_backbone": phantom_backbone,
     "phantom_encoder": phantom_encoder,
     "vital_8b": vital_8b,
     "vital_2b": vital_2b,
@@ -223,7 +275,7 @@ def _parse(name: str, text: str, current: Any) -> Any:
         if isinstance(current, bool):
             return {"true": True, "false": False}[text.lower()]
         if isinstance(current, tuple):
-            return tuple(float(part) for part in text.split(","))
+            return tuple(float(part) for part in text.split(",") if part)
         return type(current)(text)
     except (ValueError, KeyError) as error:
         raise VitalError(f"--set: {name}: expected {type(current).__name__}, got {text!r}") from error

@@ -1,4 +1,4 @@
-"""Train a phantom checkpoint: resumable at any moment, atomic on disk, repeatable.
+"""Train the phantom backbone: resumable at any moment, atomic on disk, repeatable.
 
 Everything random in a step is drawn from (seed, step), so a resumed run goes on exactly as if it had not stopped.
 """
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3VLForConditionalGeneration
@@ -26,7 +25,7 @@ from vitalrt_training.data.scene_captions import NUMBERS, REQUEST
 from vitalrt_training.latent_loop import run_loop
 from vitalrt_training.losses import IGNORED, task_loss
 from vitalrt_training.optimizing import cosine_rate, new_adamw, update
-from vitalrt_training.recipes import PhantomRecipe
+from vitalrt_training.recipes import BackboneRecipe
 from vitalrt_training.run_files import (
     claim_directory,
     progress_bar,
@@ -56,7 +55,7 @@ class Stage:
     validate: Callable[[], dict[str, float]]
 
 
-def train(recipe: PhantomRecipe, run_dir: Path) -> Path:
+def train(recipe: BackboneRecipe, run_dir: Path) -> Path:
     """Train, or go on training, in run_dir; returns the checkpoint directory run_dir/model.
 
     run_dir holds recipe.json, log.jsonl (a line per step), a state per stage (weights and optimiser, replaced
@@ -73,14 +72,14 @@ def train(recipe: PhantomRecipe, run_dir: Path) -> Path:
     name_what_is_seen(tower, model.model.language_model.embed_tokens, tokenizer)
     model.model.visual.requires_grad_(False)
     _run_stage(_scene_stage(recipe, model, base_dir), recipe, run_dir)
-    _run_stage(_loop_stage("loop", recipe.steps, recipe.seed, recipe, model, base_dir), recipe, run_dir)
+    _run_stage(_answer_stage("answers", recipe.answer_steps, recipe.seed, recipe, model, base_dir), recipe, run_dir)
     # By now the decoder knows what it is asked about and misses where that is; a louder tower lets it learn that too.
     say_places_loudly(tower)
-    _run_stage(_loop_stage("places", recipe.place_steps, recipe.seed + 1, recipe, model, base_dir), recipe, run_dir)
+    _run_stage(_answer_stage("places", recipe.place_steps, recipe.seed + 1, recipe, model, base_dir), recipe, run_dir)
     return _export(model, recipe, base_dir, run_dir)
 
 
-def _vision_stage(recipe: PhantomRecipe, tower: SegmentingTower, base_dir: Path) -> Stage:
+def _vision_stage(recipe: BackboneRecipe, tower: SegmentingTower, base_dir: Path) -> Stage:
     options = PatchOptions.from_directory(base_dir)
     count = recipe.vision_images_per_batch
 
@@ -91,38 +90,35 @@ def _vision_stage(recipe: PhantomRecipe, tower: SegmentingTower, base_dir: Path)
     return Stage("vision", recipe.vision_steps, recipe.vision_learning_rate, tower, loss_of, dict)
 
 
-def _scene_stage(recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
+def _scene_stage(recipe: BackboneRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path) -> Stage:
     """Descriptions first: see scene_captions.py for what they teach that answers do not."""
     batches = PhantomBatches(base_dir, SCENE_SEED + recipe.seed, recipe.scene_images_per_batch)
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
         batch = batches.draw_scenes(step)
-        loop = run_loop(model, batch, torch.zeros(batch.num_samples, dtype=torch.int64))
-        return task_loss(loop.logits, batch.answer_ids).value(), {"samples": batch.num_samples}
+        return answer_loss(model, batch), {"samples": batch.num_samples}
 
     return Stage("scene", recipe.scene_steps, recipe.learning_rate, model, loss_of, dict)
 
 
-def _loop_stage(
-    name: str, steps: int, seed: int, recipe: PhantomRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path
+def _answer_stage(
+    name: str, steps: int, seed: int, recipe: BackboneRecipe, model: Qwen3VLForConditionalGeneration, base_dir: Path
 ) -> Stage:
     batches = PhantomBatches(base_dir, seed, recipe.images_per_batch)
     phantoms = [draw_phantom("validation", seed, index) for index in range(recipe.validation_images)]
     validation = batches.collate([(phantom, ask(phantom)) for phantom in phantoms])
 
     def loss_of(step: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        k = draw_k(recipe, seed, step)
         batch = batches.draw(step)
-        loop = run_loop(model, batch, torch.full((batch.num_samples,), k))
-        return task_loss(loop.logits, batch.answer_ids).value(), {"k": k, "samples": batch.num_samples}
+        return answer_loss(model, batch), {"samples": batch.num_samples}
 
     def validate() -> dict[str, float]:
-        return {"validation_exact": exact_share(model, validation, recipe.default_k)}
+        return {"validation_exact": exact_share(model, validation, k=0)}
 
     return Stage(name, steps, recipe.learning_rate, model, loss_of, validate)
 
 
-def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
+def _run_stage(stage: Stage, recipe: BackboneRecipe, run_dir: Path) -> None:
     optimizer = new_adamw(stage.module, recipe.weight_decay)
     state_path = run_dir / f"{stage.name}.pt"
     first_step = restore_state(state_path, stage.module, optimizer)
@@ -143,9 +139,10 @@ def _run_stage(stage: Stage, recipe: PhantomRecipe, run_dir: Path) -> None:
             bar.update(task, advance=1, status=status)
 
 
-def draw_k(recipe: PhantomRecipe, seed: int, step: int) -> int:
-    weights = np.asarray(recipe.k_weights)
-    return int(np.random.default_rng((seed, step)).choice(len(weights), p=weights / weights.sum()))
+def answer_loss(model: Qwen3VLForConditionalGeneration, batch: Batch) -> torch.Tensor:
+    """Without latent steps."""
+    loop = run_loop(model, batch, torch.zeros(batch.num_samples, dtype=torch.int64))
+    return task_loss(loop.logits, batch.answer_ids).value()
 
 
 @torch.no_grad()
@@ -157,7 +154,7 @@ def exact_share(model: Qwen3VLForConditionalGeneration, batch: Batch, k: int) ->
 
 
 def _step(
-    stage: Stage, optimizer: torch.optim.Optimizer, recipe: PhantomRecipe, step: int, state_path: Path
+    stage: Stage, optimizer: torch.optim.Optimizer, recipe: BackboneRecipe, step: int, state_path: Path
 ) -> dict[str, Any]:
     loss, record = stage.loss_of(step)
     rate = cosine_rate(stage.learning_rate, step, stage.steps, recipe.warmup_steps)
@@ -165,7 +162,7 @@ def _step(
     return record | update(stage.module, optimizer, loss, rate, recipe.max_grad_norm, what)
 
 
-def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
+def _prepare(recipe: BackboneRecipe, run_dir: Path) -> Path:
     """Claim the directory and write the base files (tokenizer, preprocessor, config) once."""
     claim_directory(run_dir, json.dumps(asdict(recipe), indent=2) + "\n")
     base_dir = run_dir / "base"
@@ -184,12 +181,12 @@ def _prepare(recipe: PhantomRecipe, run_dir: Path) -> Path:
     return base_dir
 
 
-def _export(model: Qwen3VLForConditionalGeneration, recipe: PhantomRecipe, base_dir: Path, run_dir: Path) -> Path:
+def _export(model: Qwen3VLForConditionalGeneration, recipe: BackboneRecipe, base_dir: Path, run_dir: Path) -> Path:
     """An ordinary Hugging Face directory in bf16, with vital.json beside it."""
     vital = {
-        "k": recipe.default_k,
+        "k": 0,
         "feedback": "final_norm",
-        "provenance": f"vitalrt phantoms, from scratch, latents without supervision of their own, seed {recipe.seed}",
+        "provenance": f"vitalrt phantom backbone, from scratch, without latent steps, seed {recipe.seed}",
     }
     directory = run_dir / "model"
     with replacing_directory(directory) as partial:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3VLForConditionalGeneration
 
@@ -24,9 +23,10 @@ from vitalrt.checkpoint import resolve
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.adapter import attach_adapter
+from vitalrt_training.backbone import TINY, tiny_decoder_config
 from vitalrt_training.data.tables import Tables, load_tables
 from vitalrt_training.losses import Mean
-from vitalrt_training.paradigms.vital import VitalCollator, VitalModel
+from vitalrt_training.paradigms.vital import VitalBatch, VitalCollator, VitalModel
 from vitalrt_training.recipes import Phase, VitalRecipe
 from vitalrt_training.run_files import claim_directory, progress_bar, replacing, replacing_directory, trim_log
 
@@ -38,7 +38,12 @@ def train_vital(recipe: VitalRecipe, run_dir: Path) -> Path:
     Raises VitalError if run_dir belongs to another recipe, if no sample fits a phase, or if the loss explodes.
     """
     # Without a GPU accelerate has to be told that several processes are to meet on the CPU.
-    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision,
+        cpu=not torch.cuda.is_available(),
+        # A batch that does not think leaves the scaffolding without gradients.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
     run = VitalRun(recipe, run_dir, accelerator)
     for index, phase in enumerate(recipe.phases):
         run.do_phase(index, phase)
@@ -58,10 +63,11 @@ class VitalRun:
             claim_directory(run_dir, json.dumps(asdict(recipe), indent=2) + "\n")
         accelerator.wait_for_everyone()
         self.tables = load_tables(recipe.data)
-        backbone_dir, decoder_dir = resolve(recipe.backbone, "backbone"), resolve(recipe.text_decoder, "text_decoder")
+        backbone_dir = resolve(recipe.backbone, "backbone")
+        decoder_dir = None if recipe.text_decoder == TINY else resolve(recipe.text_decoder, "text_decoder")
         torch.manual_seed(recipe.seed)
         self.model = build_model(recipe, backbone_dir, decoder_dir)
-        chain_tokenizer = AutoTokenizer.from_pretrained(decoder_dir)
+        chain_tokenizer = AutoTokenizer.from_pretrained(decoder_dir or backbone_dir)
         self.collator = VitalCollator(backbone_dir, chain_tokenizer, self.tables, recipe.feature_width)
         self.wrapped = accelerator.prepare(self.model)
         self.state_path = run_dir / "state.pt"
@@ -81,7 +87,7 @@ class VitalRun:
         done_phase, first_step = (self.state["phase"], self.state["step"]) if self.state else (0, 0)
         if done_phase > index:
             return
-        num_steps = steps_per_epoch * phase.epochs
+        num_steps = int(steps_per_epoch * phase.epochs)
         optimizer = self.accelerator.prepare(new_optimizer(self.model, self.recipe))
         if self.state and done_phase == index and first_step:
             optimizer.load_state_dict(self.state["optimizer"])
@@ -96,7 +102,8 @@ class VitalRun:
             task = bar.add_task(name, total=num_steps, completed=first_step, status="")
             for step in range(first_step, num_steps):
                 batch_rows = self._rows_of_step(rows, index, step, steps_per_epoch)
-                record = {"stage": name, "step": step, **self._step(optimizer, batch_rows, index, step, num_steps)}
+                batch = self.collator.collate(batch_rows, draw_k(self.recipe, index, step))
+                record = {"stage": name, "step": step, **self._step(optimizer, batch, index, step, num_steps)}
                 done = step + 1
                 if done % self.recipe.checkpoint_every == 0 or done == num_steps:
                     self._save(optimizer, index + 1 if done == num_steps else index, 0 if done == num_steps else done)
@@ -112,25 +119,42 @@ class VitalRun:
             with replacing_directory(directory) as partial:
                 self.model.backbone.save_pretrained(str(partial))
                 self.model.scaffold.save(partial)
+                (partial / "vital.json").write_text(json.dumps(self._vital(), indent=2) + "\n")
         return directory
+
+    def _vital(self) -> dict[str, Any]:
+        recipe = self.recipe
+        longest = int(self.tables.num_steps.max())
+        losses = ["task"] + [name for name in ("text", "visual") if self.model.weight_of(name)]
+        return {
+            "k": len(recipe.k_weights) - 1 if recipe.k_weights else longest,
+            "feedback": "final_norm",
+            "provenance": f"VITAL on {Path(recipe.data).name}, losses {' + '.join(losses)}, {recipe.schedule}, seed "
+            f"{recipe.seed}",
+        }
 
     def _rows_of_step(self, rows: np.ndarray, phase: int, step: int, steps_per_epoch: int) -> list[int]:
         """This process's share of the global batch."""
         epoch, place = divmod(step, steps_per_epoch)
-        order = np.random.default_rng((self.recipe.seed, phase, epoch)).permutation(len(rows))
+        rng = np.random.default_rng((self.recipe.seed, phase, epoch))
+        if self.recipe.images_together:
+            place_of_image = rng.permutation(len(self.tables.images))
+            order = np.argsort(place_of_image[self.tables.image_rows[rows]], kind="stable")
+        else:
+            order = rng.permutation(len(rows))
         mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
         chosen = order[place * self.recipe.batch_size : (place + 1) * self.recipe.batch_size][mine]
         return [int(rows[i]) for i in chosen]
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, rows: Sequence[int], phase: int, step: int, num_steps: int
+        self, optimizer: torch.optim.Optimizer, batch: VitalBatch, phase: int, step: int, num_steps: int
     ) -> dict[str, Any]:
         started = time.perf_counter()
         rate = learning_rate(self.recipe, step, num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seed_of(self.recipe.seed, phase, step, self.accelerator.process_index))
-        batch = to_device(self.collator.collate(rows), self.accelerator.device)
+        batch = to_device(batch, self.accelerator.device)
         self.wrapped.train()
         with self.accelerator.autocast():
             found: dict[str, Mean] = self.wrapped(batch)
@@ -153,6 +177,7 @@ class VitalRun:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {
+            "k": int(batch.num_steps.max()),
             "loss": loss,
             **{f"loss_{name}": value for name, value in values.items()},
             "grad_norm": norm,
@@ -181,12 +206,15 @@ class VitalRun:
                 torch.save(state, partial)
 
 
-def build_model(recipe: VitalRecipe, backbone_dir: Path, decoder_dir: Path) -> VitalModel:
-    """Frozen backbone (bf16 under bf16 autocast), fp32 adapter and scaffolding."""
+def build_model(recipe: VitalRecipe, backbone_dir: Path, decoder_dir: Path | None) -> VitalModel:
+    """Frozen backbone (bf16 under bf16 autocast), fp32 adapter and scaffolding.  decoder_dir: None for a tiny one."""
     dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
     backbone = Qwen3VLForConditionalGeneration.from_pretrained(backbone_dir, dtype=dtype)
     width = backbone.config.get_text_config().hidden_size
-    decoder = AutoModelForCausalLM.from_pretrained(decoder_dir, dtype=torch.float32)
+    if decoder_dir is None:
+        decoder = AutoModelForCausalLM.from_config(tiny_decoder_config(backbone.config))
+    else:
+        decoder = AutoModelForCausalLM.from_pretrained(decoder_dir, dtype=torch.float32)
     scaffold = Scaffold.build(recipe.projector, width, recipe.feature_width, decoder)
     return VitalModel(attach_adapter(backbone, recipe.adapter), scaffold, recipe.losses)
 
@@ -196,10 +224,21 @@ def rows_of(tables: Tables, phase: Phase) -> np.ndarray:
     return rows[tables.num_steps[rows] >= phase.min_steps]
 
 
+def draw_k(recipe: VitalRecipe, phase: int, step: int) -> int | None:
+    """The same on all processes; None where every sample thinks as long as its chain is."""
+    weights = np.asarray(recipe.k_weights[: recipe.phases[phase].max_steps + 1])
+    if not len(weights):
+        return None
+    return int(np.random.default_rng((recipe.seed, phase, step)).choice(len(weights), p=weights / weights.sum()))
+
+
 def learning_rate(recipe: VitalRecipe, step: int, num_steps: int) -> float:
-    """Linear warm-up over the first share of a phase, then constant: the paper names no decay."""
+    """Linear warm-up over the first share of a phase, then a cosine; the paper names no decay."""
     warmup = max(1, round(recipe.warmup_share * num_steps))
-    return recipe.learning_rate * min(1.0, (step + 1) / warmup)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (num_steps - warmup)))
+    return recipe.learning_rate * (recipe.final_rate + (1 - recipe.final_rate) * share)
 
 
 def new_optimizer(model: VitalModel, recipe: VitalRecipe) -> torch.optim.AdamW:

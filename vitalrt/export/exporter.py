@@ -115,7 +115,7 @@ def export_onnx(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise VitalError(f"out: expected a new or empty directory, got {str(out)!r}")
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, adapter)
     if k is not None:
         checkpoint = replace(checkpoint, vital=replace(checkpoint.vital, k=k))
     _build(_shapes(checkpoint.config), dtype, int8, opset)  # what is wrong says so before anything is loaded

@@ -8,10 +8,11 @@ DIR/roi.parquet                  what else is known of each ROI: the box that wa
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import os
+import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ ROI_SCHEMA = pa.schema(
 )
 """A row per sample with a ROI feature; see RoiFeature."""
 SAMPLES_PER_SHARD = 256
+MASK_NAME = re.compile(r"(?P<stem>.+)_\d+_(?P<name>.+)\.png")
 
 
 def add_roi_features(
@@ -65,6 +67,7 @@ def add_roi_features(
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     shards = folder / f".roi-{encoder.id}-{digest[:16]}"
     tables = load_tables(folder, cache_dir=shards / "cache")
+    files = list_masks(folder)
     starts = range(0, len(tables.samples), SAMPLES_PER_SHARD)
     for start in track(starts, "ROI features", console=Console(stderr=True)):
         shard = shards / f"{start:09d}.parquet"
@@ -72,7 +75,7 @@ def add_roi_features(
             rows = range(start, min(start + SAMPLES_PER_SHARD, len(tables.samples)))
             images = {row: tables.images[int(tables.image_rows[row])] for row in rows}
             samples = [tables.samples[row] for row in rows]
-            filled, found = _fill(folder, encoder, samples, list(images.values()), batch_size)
+            filled, found = _fill(folder, files, encoder, samples, list(images.values()), batch_size)
             write_rows(shard.with_suffix(".roi"), found, ROI_SCHEMA)
             write_rows(shard, filled, SAMPLES_SCHEMA)
     # roi.parquet first: a reader of the new samples must find their boxes.
@@ -81,16 +84,32 @@ def add_roi_features(
     shutil.rmtree(shards)
 
 
-def read_mask(folder: Path, image: Mapping[str, Any], name: str) -> np.ndarray | None:
-    """bool [H, W]: the union of an image's masks of a target, None where there are none. image: a row of `images`."""
+def list_masks(folder: Path) -> dict[tuple[str, str], list[Path]]:
+    """The mask files by STEM and target name."""
+    found: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)
+    for path in sorted((folder / "masks").iterdir()):
+        if match := MASK_NAME.fullmatch(path.name):
+            found[match["stem"], match["name"].replace("+", " ")].append(path)
+    return dict(found)
+
+
+def read_mask(files: Mapping[tuple[str, str], list[Path]], image: Mapping[str, Any], name: str) -> np.ndarray | None:
+    """bool [H, W]: the union of an image's masks of a target, None where there are none.
+
+    files: of list_masks.  image: a row of `images`.
+    """
     stem = image["id"] if image.get("path") is None else Path(image["path"]).stem
-    pattern = f"{glob.escape(stem)}_*_{glob.escape(name.replace(' ', '+'))}.png"
-    masks = [np.asarray(Image.open(path).convert("L")) > 0 for path in sorted((folder / "masks").glob(pattern))]
+    masks = [np.asarray(Image.open(path).convert("L")) > 0 for path in files.get((stem, name), ())]
     return np.logical_or.reduce(masks) if masks else None
 
 
 def _fill(
-    folder: Path, encoder: VisionEncoder, samples: list[dict[str, Any]], images: list[dict[str, Any]], batch_size: int
+    folder: Path,
+    files: Mapping[tuple[str, str], list[Path]],
+    encoder: VisionEncoder,
+    samples: list[dict[str, Any]],
+    images: list[dict[str, Any]],
+    batch_size: int,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Returns the samples with their features, and the rows of roi.parquet. images: one for each sample.
 
@@ -100,7 +119,7 @@ def _fill(
     pictures = {image_id: read_picture(folder, image) for image_id, image in by_id.items()}
     whole = dict(zip(pictures, global_features(encoder, list(pictures.values()), batch_size), strict=True))
     targets = dict.fromkeys((sample["image_id"], sample["target_name"]) for sample in samples)
-    masks = {target: read_mask(folder, by_id[target[0]], target[1]) for target in targets}
+    masks = {target: read_mask(files, by_id[target[0]], target[1]) for target in targets}
     shown = {target: mask for target, mask in masks.items() if mask is not None and mask.any()}
     found = roi_features(encoder, [(pictures[image_id], mask) for (image_id, _), mask in shown.items()], batch_size)
     by_target = dict(zip(shown, found, strict=True))

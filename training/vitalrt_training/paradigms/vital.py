@@ -26,7 +26,7 @@ from vitalrt_training.losses import LossConfig, Mean, task_loss, text_loss, visu
 class VitalBatch:
     """prompt: pictures, questions, answers.  num_steps: [N], each sample's K.  sample_ids: for messages.
 
-    chain_ids: [N, K, L], IGNORED where a step is shorter or missing.  roi, global_feature: [N, v], zeros where has_roi
+    chain_ids: [N, K, L], IGNORED where a step is shorter or has no words.  roi, global_feature: [N, v], zeros where has_roi
     is False, which losses leave out; global_feature is None where the table has none.
     """
 
@@ -49,7 +49,8 @@ class VitalCollator:
         self.tables = tables
         self.feature_width = feature_width
 
-    def collate(self, rows: Sequence[int]) -> VitalBatch:
+    def collate(self, rows: Sequence[int], k: int | None = None) -> VitalBatch:
+        """k: latent steps of every sample; None: each sample's own, the length of its chain."""
         rows = sorted(rows, key=lambda row: int(self.tables.image_rows[row]))
         samples = [self.tables.samples[row] for row in rows]
         asked: list[Asked] = []
@@ -60,28 +61,28 @@ class VitalCollator:
                 asked.append(Asked(self.tables.read_picture(row), []))
                 image_of_last = image
             asked[-1] = Asked(asked[-1].picture, [*asked[-1].questions, (sample["question"], sample["answer"])])
+        chains = [sample["chain"][:k] for sample in samples]
         features = [sample["roi_feature"] for sample in samples]
         overall = [sample["global_feature"] for sample in samples]
         return VitalBatch(
             self.collator.collate(asked),
-            torch.tensor([len(sample["chain"]) for sample in samples]),
-            self._chain_ids([sample["chain"] for sample in samples]),
+            torch.tensor([len(chain) if k is None else k for chain in chains]),
+            self._chain_ids(chains, max(map(len, chains)) if k is None else k),
             self._stack(features),
             torch.tensor([feature is not None for feature in features]),
             None if any(feature is None for feature in overall) else self._stack(overall),
             [sample["id"] for sample in samples],
         )
 
-    def _chain_ids(self, chains: Sequence[Sequence[str]]) -> torch.Tensor:
+    def _chain_ids(self, chains: Sequence[Sequence[str]], num_steps: int) -> torch.Tensor:
         """Every step ends with the decoder's end token, so that it can be decoded on its own later."""
-        longest = max(map(len, chains))
         end = [self.chain_tokenizer.eos_token_id]
         steps = [
             self.chain_tokenizer(chain[step], add_special_tokens=False)["input_ids"] + end if step < len(chain) else []
             for chain in chains
-            for step in range(longest)
+            for step in range(num_steps)
         ]
-        return pad_targets(steps).view(len(chains), longest, -1)
+        return pad_targets(steps).view(len(chains), num_steps, -1 if steps else 0)
 
     def _stack(self, features: Sequence[Sequence[float] | None]) -> torch.Tensor:
         nothing = torch.zeros(self.feature_width)
