@@ -35,13 +35,13 @@ class Phantoms(Sequence[Shown]):
     """The first `count` phantoms of a seed, drawn when they are asked for."""
 
     def __init__(self, split: str, seed: int, count: int) -> None:
-        self.split, self.seed, self.count = split, seed, count
+        self.split, self.seed, self.indices = split, seed, range(count)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.indices)
 
     def __getitem__(self, index: Any) -> Any:
-        phantom = draw_phantom(self.split, self.seed, range(self.count)[index])
+        phantom = draw_phantom(self.split, self.seed, self.indices[index])
         return Shown(phantom.image, phantom.modality, ask(phantom))
 
 
