@@ -32,9 +32,16 @@ def test_samples_and_steps_of_the_phases(paper_plan):
 
 
 def test_other_recipes_and_schedules_are_planned():
-    assert plan(replace(vital_2b(), schedule="reverse"), {1: 96, 4: 96}).samples == [96, 96, 192]
+    assert plan(replace(vital_2b(), schedule="reverse")).samples == [10_975, 32_643, 52_199]
     smaller = plan(with_settings(vital_8b(), {"adapter.rank": "32"}))
     assert smaller.parameters["LoRA"] * 2 == plan(vital_8b()).parameters["LoRA"]
+
+
+def test_tokens_and_memory(paper_plan):
+    steps = 2_035 + 4_105 + 10_870
+    assert paper_plan.tokens == steps * 48 * 300
+    assert paper_plan.weight_bytes == 2 * 8_767_123_696 + 16 * paper_plan.trainable
+    assert paper_plan.activation_bytes == 48 * 300 * 4096 * 36 * 34
 
 
 def test_an_unknown_backbone_is_an_error():

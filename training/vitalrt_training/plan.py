@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,10 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Qwen3Config, Qwen3VLConfig
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
+from vitalrt.checkpoint import resolve
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.adapter import attach_adapter
 from vitalrt_training.backbone import TINY, tiny_decoder_config
+from vitalrt_training.data.batches import Asked, Collator
+from vitalrt_training.data.tables import Tables, load_tables
 from vitalrt_training.recipes import VitalRecipe
 
 # Shapes of the models that recipes name, so that a plan needs no network. Source: their config.json on the hub.
@@ -55,19 +60,31 @@ QWEN3: dict[str, Any] = {"vocab_size": 151936, "num_key_value_heads": 8, "head_d
 PAPER_SAMPLES = {1: 19_556, 2: 19_872, 3: 1_796, 4: 10_975}
 """Training samples by K where no table is at hand: 85 % of the paper's 23,007, 23,379, 2,113 and 12,912."""
 
+PAPER_TOKENS = 300
+"""Of a sample where no table is at hand: a picture of 512 x 512 pixels, a question, four latents, a short answer."""
+SAMPLES_TOKENIZED = 64
+
+ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits: Korthikanti et al. 2022, equation 1, without attention
 BYTES_FROZEN = 2  # bf16
 BYTES_TRAINABLE = 16  # fp32 weight, gradient and two AdamW moments
 
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters: by module.  steps, samples: per phase.  weight_bytes: weights, gradients and optimiser state."""
+    """parameters: by module.  steps, samples: per phase.  tokens_per_sample: prompt, latents and answer.
+
+    tokens: in all phases.  weight_bytes: weights, gradients and optimiser state.  activation_bytes: what one step of
+    all processes together keeps for its backward pass, nothing recomputed.
+    """
 
     parameters: dict[str, int]
     trainable: int
     steps: list[int]
     samples: list[int]
+    tokens_per_sample: float
+    tokens: int
     weight_bytes: int
+    activation_bytes: int
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -75,13 +92,18 @@ class Plan:
             "trainable": self.trainable,
             "samples_by_phase": self.samples,
             "steps_by_phase": self.steps,
+            "tokens_per_sample": self.tokens_per_sample,
+            "tokens": self.tokens,
             "weight_bytes": self.weight_bytes,
+            "activation_bytes": self.activation_bytes,
         }
 
 
-def plan(recipe: VitalRecipe, samples_by_steps: dict[int, int] | None = None) -> Plan:
-    """samples_by_steps: training samples by their K; None: the paper's numbers."""
-    counts = PAPER_SAMPLES if samples_by_steps is None else samples_by_steps
+def plan(recipe: VitalRecipe) -> Plan:
+    """Of the tables in recipe.data; where there are none, of as many samples as the paper has."""
+    tables = load_tables(recipe.data) if Path(recipe.data).is_dir() else None
+    counts = PAPER_SAMPLES if tables is None else Counter(tables.num_steps[tables.select("train")].tolist())
+    tokens_per_sample = PAPER_TOKENS if tables is None else mean_tokens(recipe, tables)
     with torch.device("meta"):
         backbone = Qwen3VL(backbone_config(recipe.backbone))
         width = backbone.config.get_text_config().hidden_size
@@ -100,13 +122,31 @@ def plan(recipe: VitalRecipe, samples_by_steps: dict[int, int] | None = None) ->
     per_epoch = [
         sum(n for steps, n in counts.items() if phase.min_steps <= steps <= phase.max_steps) for phase in recipe.phases
     ]
+    steps = [int(n // recipe.batch_size * phase.epochs) for n, phase in zip(per_epoch, recipe.phases, strict=True)]
+    text = backbone.config.get_text_config()
+    tokens_per_step = recipe.batch_size * tokens_per_sample
     return Plan(
         parameters,
         trainable,
-        [int(n // recipe.batch_size * phase.epochs) for n, phase in zip(per_epoch, recipe.phases, strict=True)],
+        steps,
         per_epoch,
+        tokens_per_sample,
+        round(sum(steps) * tokens_per_step),
         num_backbone * BYTES_FROZEN + trainable * BYTES_TRAINABLE,
+        round(tokens_per_step * text.hidden_size * text.num_hidden_layers * ACTIVATION_BYTES),
     )
+
+
+def mean_tokens(recipe: VitalRecipe, tables: Tables) -> float:
+    """Over some of the training samples; needs the backbone's tokenizer, so a directory or a hub id that is at hand."""
+    collator = Collator(resolve(recipe.backbone, "backbone"))
+    rows = tables.select("train")[:: max(1, len(tables.select("train")) // SAMPLES_TOKENIZED)]
+    lengths = []
+    for row in rows.tolist():
+        sample = tables.samples[row]
+        batch = collator.collate([Asked(tables.read_picture(row), [(sample["question"], sample["answer"])])])
+        lengths.append(batch.prefix.ids.numel() + batch.question.ids.numel() + batch.answer_ids.numel())
+    return float(np.mean(lengths) + tables.num_steps[rows].mean())
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -153,6 +193,7 @@ def print_plan(recipe: VitalRecipe, found: Plan) -> None:
         )
     console.print(table)
     console.print(
-        f"weights, gradients and optimiser state: {found.weight_bytes / 2**30:.1f} GiB over all processes that share "
-        "them; activations come on top"
+        f"tokens: {found.tokens:,}, {found.tokens_per_sample:.0f} a sample\n"
+        f"memory, over all processes that share it: weights, gradients and optimiser state "
+        f"{found.weight_bytes / 2**30:.2f} GiB, activations of a step {found.activation_bytes / 2**30:.2f} GiB"
     )
