@@ -222,8 +222,8 @@ def phantom() -> VitalRecipe:
         feature_width=128,
         projector="res_mlp_ln",
         adapter=AdapterConfig(),
-        # Equation 6 as printed, a sum over the 128 features, at a lambda that lets it weigh about as much as the words.
-        losses=LossConfig(visual_weight=0.02, visual_reduction="sum"),
+        # Equation 6 as printed: over 128 features the sum weighs about as much as the words, the mean next to nothing.
+        losses=LossConfig(visual_reduction="sum"),
         schedule="three_phase",
         epochs=(0.4, 0.4, 1.0),
         k_weights=(1.0, 1.0, 1.0, 1.0, 4.0),

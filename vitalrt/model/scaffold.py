@@ -48,6 +48,9 @@ class VisualProjector(nn.Module):
             )
         if variant in ("mlp_ln", "res_mlp_ln", "transformer"):
             self.norm_out = nn.LayerNorm(feature_width)
+            # As long as its target, a unit vector. Were the projection sqrt(v) times longer, the gradient of an L1
+            # distance would be its own sign, whatever the target, until this weight has shrunk.
+            nn.init.constant_(self.norm_out.weight, feature_width**-0.5)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         """z: [N, K, d].  Step k sees z_1..z_k only, so that a step's projection does not depend on how many follow."""
