@@ -68,7 +68,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return {
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": _commit(),
+            "commit": commit(),
             "environment": self.environment,
             "request": {"question": self.question, "prompt_tokens": self.prompt_tokens},
             "rows": [self._row_dict(row) for row in self.rows],
@@ -106,8 +106,8 @@ class Report:
         text = json.dumps(self.as_dict(), indent=1) + "\n"
         figure = plot(self)
         data, picture = folder / f"{stem}.json", folder / f"{stem}.png"
-        _replace(data, lambda path: path.write_text(text, encoding="utf-8"))
-        _replace(picture, lambda path: figure.savefig(path, format="png", dpi=160))
+        replace_whole(data, lambda path: path.write_text(text, encoding="utf-8"))
+        replace_whole(picture, lambda path: figure.savefig(path, format="png", dpi=160))
         return [data, picture]
 
 
@@ -170,7 +170,7 @@ def _short_ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _commit() -> str:
+def commit() -> str:
     """Of this checkout, marked -dirty where tracked files differ from it."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
@@ -179,7 +179,7 @@ def _commit() -> str:
         return "unknown"
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside the target and rename, so that nobody ever finds half a file."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
     os.close(descriptor)

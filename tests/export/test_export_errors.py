@@ -10,6 +10,7 @@ from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import vitalrt.export
@@ -93,19 +94,28 @@ def test_no_space_while_writing(tiny, tmp_path: Path, monkeypatch: pytest.Monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_failed_verification_leaves_nothing(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A weight goes wrong on its way to the file."""
+@pytest.mark.parametrize(
+    ("dtype", "name", "wrong"),
+    [
+        ("fp32", "decoder.layers.1.qkv.weight", np.full(16, 16, np.float32)),
+        ("fp16", "decoder.norm.weight", np.full(16, np.nan, np.float16)),
+    ],
+)
+def test_failed_verification_leaves_nothing(
+    dtype: str, name: str, wrong: np.ndarray, tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight goes wrong on its way to the file; no error of a latent is larger than NaN, or smaller."""
     write = WeightLayout.write
 
     def spoil(self: WeightLayout, model: Any, directory: Path) -> None:
         write(self, model, directory)
         with (directory / "weights.bin").open("r+b") as file:
-            file.seek(self.entries["decoder.layers.1.qkv.weight"].offset)
-            file.write(b"\x00\x00\x80\x41" * 16)
+            file.seek(self.entries[name].offset)
+            file.write(wrong.tobytes())
 
     monkeypatch.setattr(WeightLayout, "write", spoil)
     with pytest.raises(VitalError, match="verify: the graphs disagree with torch"):
-        vitalrt.export.onnx(tiny.directory, tmp_path / "out", device="cpu")
+        vitalrt.export.onnx(tiny.directory, tmp_path / "out", dtype=dtype, device="cpu")
     assert not list(tmp_path.iterdir())
 
 

@@ -84,7 +84,7 @@ def test_a_failing_run_cancels_its_batch_and_no_other(exported: vitalrt.Model, p
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": "somewhere"}, "adapter: an ONNX export cannot take one"),
+        ({"adapter": Path(__file__).parent}, "adapter: an ONNX export cannot take one"),
         ({"dtype": "bfloat16"}, "dtype: the ONNX export is fp32, got 'bfloat16'"),
         ({"device": "mps"}, "device: expected 'auto', 'cpu' or 'cuda"),
     ],

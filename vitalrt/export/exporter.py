@@ -42,8 +42,9 @@ COMPANIONS = ("*.json", "*.jinja", "*.txt")  # tokenizer, chat template, preproc
 class Plan:
     """What an export will write and need, in bytes.
 
-    files: by name; weights.bin is the external data of every graph.  export_memory: without verification.
-    run_memory: weights once; ONNX Runtime's CPU provider keeps a rearranged copy of them for each graph in use on top.
+    files: by name; weights.bin is the external data of every graph.
+    export_memory: at most, without verification; the checkpoint's files, mapped, come on top while there is room.
+    run_memory: weights once, mapped; with int8 ONNX Runtime keeps a rearranged copy for each open graph on top.
     kv_per_token: KV cache of one token.
     """
 
@@ -118,15 +119,15 @@ def export_onnx(
     checkpoint = Checkpoint.open(model, adapter)
     if k is not None:
         checkpoint = replace(checkpoint, vital=replace(checkpoint.vital, k=k))
-    _build(_shapes(checkpoint.config), dtype, int8, opset)  # what is wrong says so before anything is loaded
+    layout, graphs = _build(_shapes(checkpoint.config), dtype, int8, opset)
     if verify:
         choose_provider(device, dtype)
     for package in ("onnxruntime", "onnx_ir") if int8 else ():
         require(package)
-    weights = load_weights(checkpoint, adapter, torch.device("cpu"), DTYPES[dtype], progress)
-    layout, graphs = _build(weights, dtype, int8, opset)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _scratch(out, layout.num_bytes) as scratch:
+    # What is wrong, or too large for the disk, has said so before anything is loaded.
+    with _scratch(out, layout.num_bytes + sum(graph.ByteSize() for graph in graphs.values())) as scratch:
+        weights = load_weights(checkpoint, adapter, torch.device("cpu"), DTYPES[dtype], progress)
         manifest: dict[str, Any] = {"format": FORMAT, "opset": opset, "dtype": dtype, "int8": int8}
         _copy_companions(checkpoint, scratch)
         processor = Processor(scratch) if _has_text(scratch) else None

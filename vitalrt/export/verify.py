@@ -1,4 +1,4 @@
-"""Exported graphs against the torch engine: the same prompts, K = 0..8, batches of 1 to 4."""
+"""Exported graphs against the torch engine: the same prompts, K = 0..8, batches of 1 to 9."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vitalrt.inputs.prompt import Prompt
 
 MAX_STEPS = 8
 MAX_NEW_TOKENS = 8
-# Largest relative error of a latent. Rounding differs between runtimes, and every step feeds it back; int8 weights are
-# held only to being a version of the same model, their error is for the reader to judge.
-TOLERANCES = {"fp32": 1e-3, "fp16": 3e-2, "bf16": 2e-1, "int8": 3e-1}
+# Relative error of a latent. Every step feeds rounding back, and on random prompts it may grow without that telling
+# anything about the graphs: in fp32 the largest error counts, in lower precisions the median.
+TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1, "int8": 1e-1}
 
 
 class AnyEngine(Protocol):
@@ -34,18 +34,21 @@ class Verification:
     """answers: compared, of MAX_NEW_TOKENS tokens each.  same_answers: of them, token for token equal.
 
     same_tokens: the share of equal tokens, each counted up to the first that differs in its answer.
-    latent_error: the largest ‖z_k - z_k'‖ / ‖z_k‖ over all steps.  tolerance: what it may be.
+    latent_error, median_latent_error: the largest and the median ‖z_k - z_k'‖ / ‖z_k‖ over all steps.
+    tolerance: in fp32 of the largest, else of the median.
     """
 
     answers: int
     same_answers: int
     same_tokens: float
     latent_error: float
+    median_latent_error: float
     tolerance: float
 
     def __str__(self) -> str:
         tokens = f"{self.same_answers} of {self.answers} answers identical ({self.same_tokens:.1%} of tokens)"
-        return f"{tokens}, latents within {self.latent_error:.2g} relative (tolerance {self.tolerance:g})"
+        errors = f"relative error of latents {self.median_latent_error:.2g}, at most {self.latent_error:.2g}"
+        return f"{tokens}, {errors} (tolerance {self.tolerance:g})"
 
 
 def compare(
@@ -53,10 +56,10 @@ def compare(
 ) -> Verification:
     """exported: engines over the same graphs that drive them differently; each answers everything.
 
-    Raises VitalError if a latent is out of tolerance, or in fp32 if any token differs.
+    Raises VitalError if latents are out of tolerance or not numbers, or in fp32 if any token differs.
     """
     answers = same_answers = tokens = same_tokens = 0
-    error = 0.0
+    errors: list[float] = []
     for batch, steps in batches(prompts):
         expected = _run(reference, batch, steps)
         for engine in exported:
@@ -65,20 +68,24 @@ def compare(
                 same_answers += ours.token_ids == theirs.token_ids
                 tokens += len(ours.token_ids)
                 same_tokens += _common_prefix(ours.token_ids, theirs.token_ids)
-                error = max([error, *map(_relative, ours.latents, theirs.latents)])
-    result = Verification(answers, same_answers, same_tokens / tokens, error, TOLERANCES[precision])
-    if not error <= result.tolerance or (precision == "fp32" and same_answers < answers):
+                errors += map(_relative, ours.latents, theirs.latents)
+    largest, median = (float(value) for value in (torch.tensor(errors).max(), torch.tensor(errors).median()))
+    result = Verification(answers, same_answers, same_tokens / tokens, largest, median, TOLERANCES[precision])
+    # Torch's maximum and median of what contains a NaN are NaN, and NaN is within no tolerance.
+    within = (largest if precision == "fp32" else median) <= result.tolerance
+    if not within or (precision == "fp32" and same_answers < answers):
         raise VitalError(f"verify: the graphs disagree with torch: {result}")
     return result
 
 
 def batches(prompts: Sequence[Prompt]) -> Iterator[tuple[list[Prompt], list[int]]]:
-    """Every K from 0 to 8 in batches of 1 to 4, then all K side by side, each with its own."""
+    """Every K from 0 to 8 in batches of 1 to 4, then all K side by side, as often as it takes to ask every prompt."""
     for k in range(MAX_STEPS + 1):
         batch = [prompts[(k + row) % len(prompts)] for row in range(k % 4 + 1)]
         yield batch, [k] * len(batch)
     steps = list(range(MAX_STEPS + 1))
-    yield [prompts[k % len(prompts)] for k in steps], steps
+    for first in range(0, len(prompts), len(steps)):
+        yield [prompts[(first + k) % len(prompts)] for k in steps], steps
 
 
 def random_prompts(config: ModelConfig, seed: int = 0) -> list[Prompt]:
