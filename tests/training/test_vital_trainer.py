@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -23,8 +24,9 @@ from vitalrt_training import vital_trainer
 from vitalrt_training.adapter import AdapterConfig
 from vitalrt_training.backbone import TINY, generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.phantom import ask, draw_phantom
-from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, write_rows
+from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, load_tables, write_rows
 from vitalrt_training.losses import IGNORED, LossConfig
+from vitalrt_training.plan import plan
 from vitalrt_training.recipes import vital_8b
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 from vitalrt_training.vital_trainer import VitalRun, rows_of, train_vital
@@ -59,7 +61,7 @@ def recipe(tmp_path_factory):
     )
     torch.manual_seed(1)
     Qwen3ForCausalLM(config).save_pretrained(decoder)
-    write_tables(data, phantoms)
+    write_tables(data, phantoms, "train")
     return replace(
         vital_8b(),
         backbone=str(backbone),
@@ -76,10 +78,11 @@ def recipe(tmp_path_factory):
     )
 
 
-def write_tables(folder, phantoms):
+def write_tables(folder, phantoms, *splits):
+    """splits: of the phantoms, the last one for the rest of them."""
     rng = np.random.default_rng(0)
     images, rows = [], []
-    for phantom in phantoms:
+    for phantom, split in zip_longest(phantoms, splits, fillvalue=splits[-1]):
         name = f"{phantom.index}.png"
         Image.fromarray(phantom.image).save(folder / name)
         images.append(
@@ -89,7 +92,7 @@ def write_tables(folder, phantoms):
                 "sha256": "0",
                 "modality": phantom.modality,
                 "source": "phantom",
-                "split": "train",
+                "split": split,
                 "volume_id": name,
             }
         )
@@ -271,6 +274,38 @@ def test_questions_about_a_picture_share_a_batch(recipe, tmp_path):
         pictures = np.mean([len({int(run.tables.image_rows[row]) for row in batch}) for batch in batches])
         assert (pictures < 2.1) == together
         assert batches != [run._rows_of_step(rows, 1, step + steps, steps) for step in range(steps)]
+
+
+def test_a_finished_run_reports_on_the_validation_split(recipe, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    phantoms = [draw_phantom("train", 5, index) for index in range(7)]
+    write_tables(folder, phantoms, *["train"] * 5, "validation")
+    recipe = replace(recipe, data=str(folder), k_weights=(1.0, 1.0, 1.0), epochs=(0.3, 0.3))
+    train_vital(recipe, tmp_path / "run", trackers=["tensorboard"])
+    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
+    assert report["variant"] == "VITAL"
+    assert set(report["evaluation"]["by_k"]) == {"0", "1", "2"}
+    assert (report["evaluation"]["split"], report["evaluation"]["pictures"]) == ("validation", 2)
+    asked = sum(sample.question_type != "describe" for phantom in phantoms[5:] for sample in ask(phantom))
+    assert report["evaluation"]["closed_questions"] == asked
+    assert np.diag(report["probes"]["cosine"]) == pytest.approx([1, 1])
+    assert set(report["probes"]["gradient_norms"]) == {"task", "text", "visual"}
+    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
+
+
+def test_a_plan_counts_the_tables_samples_and_tokens(recipe):
+    found = plan(recipe)
+    tables = load_tables(recipe.data)
+    assert found.samples == [int((tables.num_steps <= 2).sum()), len(tables.samples)]
+    assert found.steps == [n // recipe.batch_size for n in found.samples]
+    runtime = vitalrt.load(recipe.backbone, device="cpu")
+    lengths = []
+    for row, sample in enumerate(tables.samples):
+        answer = runtime.processor.tokenizer(sample["answer"])["input_ids"]
+        prompt = runtime.prepare(tables.read_picture(row), sample["question"])
+        lengths.append(prompt.num_tokens + len(sample["chain"]) + len(answer) + 1)
+    assert found.tokens_per_sample == pytest.approx(np.mean(lengths))
 
 
 def test_the_rate_warms_up_and_falls_to_its_final_share(recipe):

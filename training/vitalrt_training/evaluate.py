@@ -106,6 +106,8 @@ def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int] | None) 
         by_k[k] = _closed(outcomes)
     shuffled = _closed(list(ask_all(model, shown, ks[-1], shift=1)))
     closed = by_k[ks[-1]]
+    if not closed:
+        raise VitalError("samples: expected some whose answers are compared word for word, got none")
     majority = majority_of_type(closed)
     return {
         "pictures": len(shown),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,33 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3VLForConditionalGeneration
 
+from vitalrt.api import load
 from vitalrt.checkpoint import resolve
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.adapter import attach_adapter
 from vitalrt_training.backbone import TINY, tiny_decoder_config
 from vitalrt_training.data.tables import Tables, load_tables
+from vitalrt_training.evaluate import TablePictures, evaluate
 from vitalrt_training.losses import Mean
 from vitalrt_training.paradigms.vital import VitalBatch, VitalCollator, VitalModel
+from vitalrt_training.probes import probe
 from vitalrt_training.recipes import Phase, VitalRecipe
-from vitalrt_training.run_files import claim_directory, progress_bar, replacing, replacing_directory, trim_log
+from vitalrt_training.report import write_report
+from vitalrt_training.run_files import claim_directory, progress_bar, replacing, replacing_directory
+from vitalrt_training.run_log import TRACKERS, Log, check_trackers, open_log
+
+PROBED_BATCHES = 8
 
 
-def train_vital(recipe: VitalRecipe, run_dir: Path) -> Path:
+def train_vital(recipe: VitalRecipe, run_dir: Path, trackers: Sequence[str] = ()) -> Path:
     """Train, or go on training, in run_dir; returns run_dir/adapter: a PEFT adapter, the scaffolding beside it.
 
-    run_dir holds recipe.json, log.jsonl (a line per step), state.pt (replaced atomically) and, when done, adapter/.
-    Raises VitalError if run_dir belongs to another recipe, if no sample fits a phase, or if the loss explodes.
+    run_dir holds recipe.json, log.jsonl (a line per step), state.pt (replaced atomically) and, when done, adapter/ and,
+    where the tables have validation samples, report/.
+    trackers: what else the log goes to, by accelerate's names: "tensorboard" (to run_dir/trackers), "wandb", "mlflow".
+    Raises VitalError if run_dir belongs to another recipe, if no sample fits a phase, if a tracker is not installed, or
+    if the loss explodes.
     """
     # Without a GPU accelerate has to be told that several processes are to meet on the CPU.
     accelerator = Accelerator(
@@ -43,11 +54,17 @@ def train_vital(recipe: VitalRecipe, run_dir: Path) -> Path:
         cpu=not torch.cuda.is_available(),
         # A batch that does not think leaves the scaffolding without gradients.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        log_with=check_trackers(trackers),
+        project_dir=run_dir / TRACKERS,
     )
     run = VitalRun(recipe, run_dir, accelerator)
-    for index, phase in enumerate(recipe.phases):
-        run.do_phase(index, phase)
-    return run.export()
+    with open_log(run_dir, accelerator, stage_name(run.done_phases), run.done_steps) as log:
+        for index, phase in enumerate(recipe.phases):
+            run.do_phase(index, phase, log)
+    directory = run.export()
+    if accelerator.is_main_process and len(run.tables.select("validation")):
+        run.report(directory)
+    return directory
 
 
 class VitalRun:
@@ -74,8 +91,19 @@ class VitalRun:
         self.state = torch.load(self.state_path, weights_only=True) if self.state_path.is_file() else None
         if self.state is not None:
             load_trainable(self.model, self.state["trainable"])
+        if len(TablePictures(self.tables, "validation")) == 1:
+            raise VitalError("data: expected validation samples of at least two pictures, or none, got those of one")
 
-    def do_phase(self, index: int, phase: Phase) -> None:
+    @property
+    def done_phases(self) -> int:
+        return self.state["phase"] if self.state else 0
+
+    @property
+    def done_steps(self) -> int:
+        """Of the phase after the finished ones."""
+        return self.state["step"] if self.state else 0
+
+    def do_phase(self, index: int, phase: Phase, log: Log) -> None:
         """Skips a phase that was done before. Each phase has an optimiser and a learning rate schedule of its own."""
         rows = rows_of(self.tables, phase)
         steps_per_epoch = len(rows) // self.recipe.batch_size
@@ -84,33 +112,26 @@ class VitalRun:
                 f"data: phase {index + 1} needs at least batch_size = {self.recipe.batch_size} training samples with K "
                 f"in {phase.min_steps}..{phase.max_steps}, got {len(rows)}"
             )
-        done_phase, first_step = (self.state["phase"], self.state["step"]) if self.state else (0, 0)
-        if done_phase > index:
+        if self.done_phases > index:
             return
         num_steps = int(steps_per_epoch * phase.epochs)
+        first_step = self.done_steps if self.done_phases == index else 0
         optimizer = self.accelerator.prepare(new_optimizer(self.model, self.recipe))
-        if self.state and done_phase == index and first_step:
+        if self.state and first_step:
             optimizer.load_state_dict(self.state["optimizer"])
-        first_step = first_step if done_phase == index else 0
-        name = f"phase {index + 1}"
-        log_path = self.run_dir / "log.jsonl"
-        is_main = self.accelerator.is_main_process
-        if is_main:
-            trim_log(log_path, name, first_step)
-        with progress_bar() as bar, log_path.open("a") as log:
-            bar.disable = not is_main
+        name = stage_name(index)
+        with progress_bar() as bar:
+            bar.disable = not self.accelerator.is_main_process
             task = bar.add_task(name, total=num_steps, completed=first_step, status="")
             for step in range(first_step, num_steps):
                 batch_rows = self._rows_of_step(rows, index, step, steps_per_epoch)
                 batch = self.collator.collate(batch_rows, draw_k(self.recipe, index, step))
                 record = {"stage": name, "step": step, **self._step(optimizer, batch, index, step, num_steps)}
+                log(record)  # before the state: a line too many is dropped later, a missing one is lost
                 done = step + 1
                 if done % self.recipe.checkpoint_every == 0 or done == num_steps:
                     self._save(optimizer, index + 1 if done == num_steps else index, 0 if done == num_steps else done)
-                if is_main:
-                    log.write(json.dumps(record) + "\n")
-                    log.flush()
-                    bar.update(task, advance=1, status=f"loss {record['loss']:.3f}")
+                bar.update(task, advance=1, status=f"loss {record['loss']:.3f}")
 
     def export(self) -> Path:
         directory = self.run_dir / "adapter"
@@ -121,6 +142,21 @@ class VitalRun:
                 self.model.scaffold.save(partial)
                 (partial / "vital.json").write_text(json.dumps(self._vital(), indent=2) + "\n")
         return directory
+
+    def report(self, adapter: Path) -> None:
+        """run_dir/report: accuracy on the validation split through the runtime, for every k, and what probes see."""
+        size = self.recipe.batch_size
+        rows = self.tables.select("validation")
+        rows = rows[:: max(1, len(rows) // (PROBED_BATCHES * size))].tolist()  # of many pictures
+        runtime = load(self.recipe.backbone, adapter=adapter, device=self.accelerator.device)
+        longest = runtime.checkpoint.vital.k
+        starts = range(0, min(len(rows), PROBED_BATCHES * size), size)
+        batches = [to_device(self.collator.collate(rows[at : at + size]), self.accelerator.device) for at in starts]
+        with self.accelerator.autocast():
+            probes = probe(self.model, batches, longest)
+        shown = TablePictures(self.tables, "validation")
+        evaluation = {"split": "validation", **evaluate(runtime, shown, range(longest + 1))}
+        write_report(self.run_dir, evaluation, probes)
 
     def _vital(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -217,6 +253,10 @@ def build_model(recipe: VitalRecipe, backbone_dir: Path, decoder_dir: Path | Non
         decoder = AutoModelForCausalLM.from_pretrained(decoder_dir, dtype=torch.float32)
     scaffold = Scaffold.build(recipe.projector, width, recipe.feature_width, decoder)
     return VitalModel(attach_adapter(backbone, recipe.adapter), scaffold, recipe.losses)
+
+
+def stage_name(phase: int) -> str:
+    return f"phase {phase + 1}"
 
 
 def rows_of(tables: Tables, phase: Phase) -> np.ndarray:
