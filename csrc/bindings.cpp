@@ -1,26 +1,43 @@
 // vitalrt._core: translates between Python and the C++ core, and nothing else. vitalrt/_core.pyi is its Python face.
 //
-// The pool's calls take microseconds and keep the GIL, which is what serialises access to it. A decoder step releases it.
+// The pool's calls take microseconds and keep the GIL. A decoder pass and the prefix cache's calls release it: none of
+// them waits for it, so a thread that holds it may wait for them.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "block_pool.hpp"
-#include "cpu_step.hpp"
+#include "cpu_decoder.hpp"
+#include "prefix_cache.hpp"
 
 namespace py = pybind11;
 using vitalrt::BlockPool;
-using vitalrt::CpuStep;
+using vitalrt::CpuDecoder;
+using vitalrt::DecoderCache;
+using vitalrt::DecoderShape;
+using vitalrt::Deepstack;
 using vitalrt::LayerWeights;
+using vitalrt::NewTokens;
 using vitalrt::OutOfBlocks;
-using vitalrt::StepCache;
-using vitalrt::StepRows;
-using vitalrt::StepShape;
+using vitalrt::Pages;
+using vitalrt::PagesView;
+using vitalrt::PrefixCache;
+using vitalrt::PrefixCacheStatistics;
+using vitalrt::PrefixKey;
+using vitalrt::Rope;
+using vitalrt::Span;
+using vitalrt::Trunk;
 
 namespace {
 
@@ -54,28 +71,155 @@ T* at(std::uintptr_t address) {
 
 using LayerAddresses = std::array<std::uintptr_t, 7>;
 
-std::unique_ptr<CpuStep> make_cpu_step(std::int64_t hidden_size, std::int64_t num_heads, std::int64_t num_kv_heads,
-                                       std::int64_t head_dim, std::int64_t intermediate_size, float rms_norm_eps,
-                                       const std::vector<LayerAddresses>& layers, std::uintptr_t final_norm,
-                                       std::uintptr_t inverse_frequencies, std::uintptr_t k_cache,
-                                       std::uintptr_t v_cache, std::int64_t num_slots) {
+std::unique_ptr<CpuDecoder> make_cpu_decoder(std::int64_t hidden_size, std::int64_t num_heads,
+                                             std::int64_t num_kv_heads, std::int64_t head_dim,
+                                             std::int64_t intermediate_size, float rms_norm_eps,
+                                             const std::vector<LayerAddresses>& layers, std::uintptr_t final_norm,
+                                             std::uintptr_t inverse_frequencies, std::uintptr_t axes,
+                                             std::uintptr_t k_cache, std::uintptr_t v_cache, std::int64_t num_slots) {
   std::vector<LayerWeights> weights;
   for (const LayerAddresses& layer : layers) {
     weights.push_back({at<const float>(layer[0]), at<const float>(layer[1]), at<const float>(layer[2]),
                        at<const float>(layer[3]), at<const float>(layer[4]), at<const float>(layer[5]),
                        at<const float>(layer[6])});
   }
-  return std::make_unique<CpuStep>(
-      StepShape{hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rms_norm_eps}, std::move(weights),
-      at<const float>(final_norm), at<const float>(inverse_frequencies),
-      StepCache{at<float>(k_cache), at<float>(v_cache), num_slots});
+  return std::make_unique<CpuDecoder>(
+      DecoderShape{hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rms_norm_eps},
+      std::move(weights), at<const float>(final_norm),
+      Rope{at<const float>(inverse_frequencies), at<const std::int64_t>(axes)},
+      DecoderCache{at<float>(k_cache), at<float>(v_cache), num_slots});
 }
 
-void run_cpu_step(const CpuStep& step, std::int64_t batch, std::int64_t row_length, std::uintptr_t slots,
-                  std::uintptr_t lengths, std::uintptr_t positions, std::uintptr_t inputs, std::uintptr_t hidden) {
-  step.run(StepRows{batch, row_length, at<const std::int64_t>(slots), at<const std::int64_t>(lengths),
-                    at<const std::int64_t>(positions)},
-           at<const float>(inputs), at<float>(hidden));
+void run_cpu_decoder(const CpuDecoder& decoder, std::int64_t batch, std::int64_t row_length, std::uintptr_t slots,
+                     std::uintptr_t lengths, std::uintptr_t counts, std::int64_t num_axes, std::uintptr_t positions,
+                     std::uintptr_t inputs, std::uintptr_t hidden, std::int64_t num_image_rows,
+                     std::uintptr_t image_rows, const std::vector<std::uintptr_t>& deepstack) {
+  const py::gil_scoped_release release;
+  Deepstack features{num_image_rows, at<const std::int64_t>(image_rows)};
+  for (const std::uintptr_t address : deepstack) {
+    features.features.push_back(at<const float>(address));
+  }
+  decoder.run(NewTokens{batch, row_length, at<const std::int64_t>(slots), at<const std::int64_t>(lengths),
+                        at<const std::int64_t>(counts), num_axes, at<const std::int64_t>(positions)},
+              features, at<const float>(inputs), at<float>(hidden));
+}
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <typename T>
+Span<T> view(const Array<T>& array) {
+  if (array.ndim() != 1) {
+    throw std::invalid_argument("arrays: expected one axis, got " + std::to_string(array.ndim()));
+  }
+  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+Array<std::int32_t> to_array(const Pages& pages) {
+  return Array<std::int32_t>(static_cast<py::ssize_t>(pages.size()), pages.data());
+}
+
+// digests and positions, request by request. What they point at belongs to Python, whose arguments outlive the call.
+std::vector<PrefixKey> prefix_keys(const std::vector<py::bytes>& digests,
+                                   const std::vector<Array<std::uint32_t>>& positions) {
+  if (digests.size() != positions.size()) {
+    throw std::invalid_argument("digests and positions: expected as many, got " + std::to_string(digests.size()) +
+                                " and " + std::to_string(positions.size()));
+  }
+  std::vector<PrefixKey> keys;
+  keys.reserve(digests.size());
+  for (std::size_t request = 0; request < digests.size(); ++request) {
+    const std::string_view bytes = digests[request];
+    keys.push_back({{reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()}, view(positions[request])});
+  }
+  return keys;
+}
+
+std::vector<PagesView> pages_views(const std::vector<Array<std::int32_t>>& pages) {
+  std::vector<PagesView> views;
+  views.reserve(pages.size());
+  for (const auto& array : pages) {
+    views.push_back(view(array));
+  }
+  return views;
+}
+
+std::vector<Array<std::int32_t>> match_prefixes(PrefixCache& cache, const std::vector<py::bytes>& digests,
+                                                const std::vector<Array<std::uint32_t>>& positions) {
+  const auto keys = prefix_keys(digests, positions);
+  std::vector<Pages> matched;
+  {
+    const py::gil_scoped_release release;
+    matched = cache.match(keys);
+  }
+  std::vector<Array<std::int32_t>> arrays;
+  arrays.reserve(matched.size());
+  for (const Pages& pages : matched) {
+    arrays.push_back(to_array(pages));
+  }
+  return arrays;
+}
+
+std::int64_t insert_prefixes(PrefixCache& cache, const std::vector<py::bytes>& digests,
+                             const std::vector<Array<std::uint32_t>>& positions,
+                             const std::vector<Array<std::int32_t>>& pages) {
+  const auto keys = prefix_keys(digests, positions);
+  const auto views = pages_views(pages);
+  const py::gil_scoped_release release;
+  return cache.insert(keys, views);
+}
+
+std::int64_t release_pages(PrefixCache& cache, const std::vector<Array<std::int32_t>>& pages) {
+  const auto views = pages_views(pages);
+  const py::gil_scoped_release release;
+  return cache.release(views);
+}
+
+std::vector<std::tuple<Array<std::int32_t>, std::int32_t, std::int32_t>> fork_pages(
+    PrefixCache& cache, const std::vector<Array<std::int32_t>>& pages, const std::vector<std::int64_t>& num_tokens) {
+  if (pages.size() != num_tokens.size()) {
+    throw std::invalid_argument("pages and num_tokens: expected as many, got " + std::to_string(pages.size()) +
+                                " and " + std::to_string(num_tokens.size()));
+  }
+  std::vector<Trunk> trunks;
+  for (std::size_t index = 0; index < pages.size(); ++index) {
+    trunks.push_back({view(pages[index]), num_tokens[index]});
+  }
+  std::vector<vitalrt::Branch> branches;
+  {
+    const py::gil_scoped_release release;
+    branches = cache.fork(trunks);
+  }
+  std::vector<std::tuple<Array<std::int32_t>, std::int32_t, std::int32_t>> result;
+  for (const auto& branch : branches) {
+    result.emplace_back(to_array(branch.pages), branch.copy_from, branch.copy_to);
+  }
+  return result;
+}
+
+void bind_prefix_cache(py::module_& m) {
+  py::class_<PrefixCacheStatistics>(m, "PrefixCacheStatistics")
+      .def_readonly("requests", &PrefixCacheStatistics::requests)
+      .def_readonly("pages_queried", &PrefixCacheStatistics::pages_queried)
+      .def_readonly("pages_hit", &PrefixCacheStatistics::pages_hit)
+      .def_readonly("tokens_hit", &PrefixCacheStatistics::tokens_hit)
+      .def_readonly("pages_inserted", &PrefixCacheStatistics::pages_inserted)
+      .def_readonly("pages_duplicate", &PrefixCacheStatistics::pages_duplicate)
+      .def_readonly("pages_evicted", &PrefixCacheStatistics::pages_evicted)
+      .def_readonly("pages_cached", &PrefixCacheStatistics::pages_cached)
+      .def_readonly("pages_idle", &PrefixCacheStatistics::pages_idle);
+
+  using WithoutGil = py::call_guard<py::gil_scoped_release>;
+  py::class_<PrefixCache>(m, "PrefixCache")
+      .def(py::init<BlockPool&, std::int32_t>(), py::arg("pool"), py::arg("page_size"), py::keep_alive<1, 2>())
+      .def("match", &match_prefixes, py::arg("digests"), py::arg("positions").noconvert())
+      .def("insert", &insert_prefixes, py::arg("digests"), py::arg("positions").noconvert(),
+           py::arg("pages").noconvert())
+      .def("release", &release_pages, py::arg("pages").noconvert())
+      .def("fork", &fork_pages, py::arg("pages").noconvert(), py::arg("num_tokens"))
+      .def("evict", &PrefixCache::evict, py::arg("count"), WithoutGil())
+      .def("statistics", &PrefixCache::statistics, WithoutGil())
+      .def("check_integrity", &PrefixCache::check_integrity, WithoutGil());
 }
 
 }  // namespace
@@ -95,11 +239,14 @@ PYBIND11_MODULE(_core, m) {
       .def("largest_run", &BlockPool::largest_run)
       .def("check_integrity", &BlockPool::check_integrity);
 
-  py::class_<CpuStep>(m, "CpuStep")
-      .def(py::init(&make_cpu_step), py::kw_only(), py::arg("hidden_size"), py::arg("num_heads"),
+  py::class_<CpuDecoder>(m, "CpuDecoder")
+      .def(py::init(&make_cpu_decoder), py::kw_only(), py::arg("hidden_size"), py::arg("num_heads"),
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"), py::arg("rms_norm_eps"),
-           py::arg("layers"), py::arg("final_norm"), py::arg("inverse_frequencies"), py::arg("k_cache"),
-           py::arg("v_cache"), py::arg("num_slots"))
-      .def("run", &run_cpu_step, py::arg("batch"), py::arg("row_length"), py::arg("slots"), py::arg("lengths"),
-           py::arg("positions"), py::arg("inputs"), py::arg("hidden"), py::call_guard<py::gil_scoped_release>());
+           py::arg("layers"), py::arg("final_norm"), py::arg("inverse_frequencies"), py::arg("axes"),
+           py::arg("k_cache"), py::arg("v_cache"), py::arg("num_slots"))
+      .def("run", &run_cpu_decoder, py::arg("batch"), py::arg("row_length"), py::arg("slots"), py::arg("lengths"),
+           py::arg("counts"), py::arg("num_axes"), py::arg("positions"), py::arg("inputs"), py::arg("hidden"),
+           py::arg("num_image_rows"), py::arg("image_rows"), py::arg("deepstack"));
+
+  bind_prefix_cache(m);
 }

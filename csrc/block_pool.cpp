@@ -22,6 +22,11 @@ BlockPool::BlockPool(std::int32_t num_blocks) {
 }
 
 std::vector<std::int32_t> BlockPool::allocate(std::int32_t count) {
+  const std::lock_guard lock(mutex_);
+  return take(count);
+}
+
+std::vector<std::int32_t> BlockPool::take(std::int32_t count) {
   if (count < 0) {
     throw std::invalid_argument("count: expected at least 0, got " + std::to_string(count));
   }
@@ -54,32 +59,45 @@ std::vector<std::int32_t> BlockPool::allocate(std::int32_t count) {
 }
 
 void BlockPool::retain(const std::vector<std::int32_t>& blocks) {
+  const std::lock_guard lock(mutex_);
   check_held(blocks);
   for (const std::int32_t block : blocks) {
-    ++ref_counts_[static_cast<std::size_t>(block)];
+    ++count_of(block);
   }
 }
 
 std::int32_t BlockPool::release(const std::vector<std::int32_t>& blocks) {
+  const std::lock_guard lock(mutex_);
   check_held(blocks);
   const std::int32_t free_before = num_free_;
   for (const std::int32_t block : blocks) {
-    if (--ref_counts_[static_cast<std::size_t>(block)] == 0) {
+    if (--count_of(block) == 0) {
       give_back(block);
     }
   }
   return num_free_ - free_before;
 }
 
+std::int32_t BlockPool::num_free() const {
+  const std::lock_guard lock(mutex_);
+  return num_free_;
+}
+
 std::int32_t BlockPool::ref_count(std::int32_t block) const {
+  const std::lock_guard lock(mutex_);
+  check_known(block);
+  return ref_counts_[static_cast<std::size_t>(block)];
+}
+
+void BlockPool::check_known(std::int32_t block) const {
   if (block < 0 || block >= num_blocks()) {
     throw std::invalid_argument("block: expected 0 to " + std::to_string(num_blocks() - 1) + ", got " +
                                 std::to_string(block));
   }
-  return ref_counts_[static_cast<std::size_t>(block)];
 }
 
 std::int32_t BlockPool::largest_run() const {
+  const std::lock_guard lock(mutex_);
   std::int32_t longest = 0;
   for (const auto& [start, length] : free_runs_) {
     longest = std::max(longest, length);
@@ -88,13 +106,19 @@ std::int32_t BlockPool::largest_run() const {
 }
 
 void BlockPool::check_integrity() const {
+  const std::lock_guard lock(mutex_);
+  check_runs();
+}
+
+void BlockPool::check_runs() const {
   Runs runs;
   std::int32_t num_free = 0;
   for (std::int32_t block = 0; block < num_blocks(); ++block) {
-    if (ref_count(block) < 0) {
+    const std::int32_t count = ref_counts_[static_cast<std::size_t>(block)];
+    if (count < 0) {
       throw std::logic_error("block " + std::to_string(block) + " has a negative reference count");
     }
-    if (ref_count(block) > 0) {
+    if (count > 0) {
       continue;
     }
     ++num_free;
@@ -115,7 +139,8 @@ void BlockPool::check_integrity() const {
 
 void BlockPool::check_held(const std::vector<std::int32_t>& blocks) const {
   for (const std::int32_t block : blocks) {
-    if (ref_count(block) == 0) {
+    check_known(block);
+    if (ref_counts_[static_cast<std::size_t>(block)] == 0) {
       throw std::invalid_argument("blocks: expected blocks in use, got free block " + std::to_string(block));
     }
   }
@@ -130,7 +155,7 @@ void BlockPool::check_held(const std::vector<std::int32_t>& blocks) const {
 void BlockPool::take_front(Runs::iterator run, std::int32_t count, std::vector<std::int32_t>& taken) {
   const auto [start, length] = *run;
   for (std::int32_t block = start; block < start + count; ++block) {
-    ref_counts_[static_cast<std::size_t>(block)] = 1;
+    count_of(block) = 1;
     taken.push_back(block);
   }
   const auto next = free_runs_.erase(run);

@@ -1,10 +1,11 @@
 // A fixed pool of KV-cache blocks (pages) with reference counts. Knows neither Python nor torch.
 //
-// Not thread-safe: the caller serialises access (from Python, the GIL does).
+// Thread-safe: every call holds the pool's mutex, which a prefix cache over the pool shares.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -40,7 +41,7 @@ class BlockPool {
   std::int32_t release(const std::vector<std::int32_t>& blocks);
 
   std::int32_t num_blocks() const { return static_cast<std::int32_t>(ref_counts_.size()); }
-  std::int32_t num_free() const { return num_free_; }
+  std::int32_t num_free() const;
 
   // 0 for a free block. Throws std::invalid_argument when the block is unknown.
   std::int32_t ref_count(std::int32_t block) const;
@@ -52,12 +53,20 @@ class BlockPool {
   void check_integrity() const;
 
  private:
+  friend class PrefixCache;  // changes counts and its own tree as one, under mutex_
+
   using Runs = std::map<std::int32_t, std::int32_t>;
 
+  // From here on, the caller holds mutex_.
+  std::vector<std::int32_t> take(std::int32_t count);
+  std::int32_t& count_of(std::int32_t block) { return ref_counts_[static_cast<std::size_t>(block)]; }
+  void check_known(std::int32_t block) const;
+  void check_runs() const;
   void check_held(const std::vector<std::int32_t>& blocks) const;
   void take_front(Runs::iterator run, std::int32_t count, std::vector<std::int32_t>& taken);
   void give_back(std::int32_t block);
 
+  mutable std::mutex mutex_;
   std::vector<std::int32_t> ref_counts_;  // by block; 0 = free
   Runs free_runs_;                        // first block -> length; maximal, so no two runs touch
   std::int32_t num_free_;

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from vitalrt.errors import CapacityError
 
 class OutOfBlocksError(CapacityError):
@@ -11,7 +14,7 @@ class OutOfBlocksError(CapacityError):
     free: int
 
 class BlockPool:
-    """A fixed pool of KV-cache blocks with reference counts. Not thread-safe beyond what the GIL gives.
+    """A fixed pool of KV-cache blocks with reference counts. Thread-safe.
 
     Blocks are the integers 0 to num_blocks - 1, all free at first. Raises ValueError unless num_blocks >= 1.
     """
@@ -46,12 +49,12 @@ class BlockPool:
     def check_integrity(self) -> None:
         """For tests. Raises RuntimeError when free runs and reference counts disagree."""
 
-class CpuStep:
-    """One decoder step of a running batch on one CPU core, in float32; vitalrt.engine.cpu_step is its caller.
+class CpuDecoder:
+    """A small decoder's forward pass on one CPU core, in float32; vitalrt.engine.cpu_decoder is its caller.
 
     Takes addresses of contiguous memory (torch.Tensor.data_ptr) and keeps nothing alive. layers: input_norm, qkv,
-    qk_norm, o, post_norm, gate_up and down of each. csrc/cpu_step.hpp has the shapes. Raises ValueError on sizes that
-    make no decoder.
+    qk_norm, o, post_norm, gate_up and down of each. csrc/cpu_decoder.hpp has the shapes. Raises ValueError on sizes
+    that make no decoder.
     """
 
     def __init__(
@@ -66,14 +69,66 @@ class CpuStep:
         layers: Sequence[Sequence[int]],
         final_norm: int,
         inverse_frequencies: int,
+        axes: int,
         k_cache: int,
         v_cache: int,
         num_slots: int,
     ) -> None: ...
     def run(
-        self, batch: int, row_length: int, slots: int, lengths: int, positions: int, inputs: int, hidden: int
+        self,
+        batch: int,
+        row_length: int,
+        slots: int,
+        lengths: int,
+        counts: int,
+        num_axes: int,
+        positions: int,
+        inputs: int,
+        hidden: int,
+        num_image_rows: int,
+        image_rows: int,
+        deepstack: Sequence[int],
     ) -> None:
-        """Append one token per row to the cache and write hidden, in place. Any number of threads; releases the GIL.
+        """Append the new tokens to the cache and write hidden, in place. Any number of threads; releases the GIL.
 
-        Raises IndexError, touching nothing, where a row has no slot left or a slot is not in the cache.
+        Raises IndexError, touching nothing, where a row has no slot left, a slot is not in the cache, or an image row
+        is not among the new tokens.
         """
+
+class PrefixCacheStatistics:
+    """Counts since construction, except pages_cached and pages_idle. Pages queried and not hit are misses.
+
+    pages_duplicate: offered while an equal page was cached already.  pages_idle: cached and free to be evicted.
+    """
+
+    requests: int
+    pages_queried: int
+    pages_hit: int
+    tokens_hit: int
+    pages_inserted: int
+    pages_duplicate: int
+    pages_evicted: int
+    pages_cached: int
+    pages_idle: int
+
+class PrefixCache:
+    """A tree of cached pages over a pool, which it keeps alive; vitalrt.engine.prefix_cache is its caller.
+
+    csrc/prefix_cache.hpp says what every call promises. One list entry per request: digests (32 bytes for the namespace
+    and 32 for each image), positions uint32 [T], pages int32 [N]; arrays are contiguous. Thread-safe; calls release the
+    GIL. Raises ValueError, changing nothing, on a fault in any request; TypeError on arrays of another kind.
+    """
+
+    def __init__(self, pool: BlockPool, page_size: int) -> None: ...
+    def match(self, digests: list[bytes], positions: list[NDArray[np.uint32]]) -> list[NDArray[np.int32]]: ...
+    def insert(
+        self, digests: list[bytes], positions: list[NDArray[np.uint32]], pages: list[NDArray[np.int32]]
+    ) -> int: ...
+    def release(self, pages: list[NDArray[np.int32]]) -> int: ...
+    def fork(
+        self, pages: list[NDArray[np.int32]], num_tokens: list[int]
+    ) -> list[tuple[NDArray[np.int32], int, int]]: ...
+    def evict(self, count: int) -> int: ...
+    def statistics(self) -> PrefixCacheStatistics: ...
+    def check_integrity(self) -> None:
+        """For tests. Raises RuntimeError where anything that is kept in two places disagrees."""

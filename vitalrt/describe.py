@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vitalrt.api import Model
-from vitalrt.engine.cpu_step import MAX_BATCH, why_not_cpu_step
+from vitalrt.engine.cpu_decoder import MAX_BATCH, why_not_cpu_decoder
 from vitalrt.engine.request import RESEARCH_NOTICE
 from vitalrt.engine.scheduler import Engine
 from vitalrt.export.runtime import OnnxEngine
@@ -26,8 +26,8 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "backend: torch": "used for prefill everywhere, and for every step but those of the C++ core",
-        "backend: C++ core": "used for the cache's pages, and for the steps of small float32 models on the CPU",
+        "backend: torch": "used for everything but what the C++ core does",
+        "backend: C++ core": "used for the cache's pages, and for the decoder of small float32 models on the CPU",
         "backend: triton": _triton(),
         "backend: cuda": _cuda(),
         "backend: onnx": _onnx(),
@@ -55,7 +55,7 @@ def _torch_engine(engine: Engine) -> dict[str, Any]:
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in parameters),
         "weight bytes": sum(p.numel() * p.element_size() for p in parameters),
-        "cpu step": _cpu_step(engine),
+        "cpu decoder": _cpu_decoder(engine),
         "cache tokens": engine.cache.num_tokens,
         "cache bytes": engine.cache.num_bytes,
     }
@@ -84,9 +84,14 @@ def _version(package: str) -> str:
         return "not installed (running from source)"
 
 
-def _cpu_step(engine: Engine) -> str:
-    reason = why_not_cpu_step(engine.model.decoder)
-    return f"in C++ for up to {MAX_BATCH} sequences, else in torch" if reason is None else f"in torch: {reason}"
+def _cpu_decoder(engine: Engine) -> str:
+    reason = why_not_cpu_decoder(engine.model.decoder)
+    if engine.cpu_decoder is None:
+        return f"in torch: {reason}"
+    return (
+        f"in C++ for prompts of up to {engine.cpu_decoder.max_prompt_tokens} tokens and steps of up to {MAX_BATCH} "
+        f"sequences, else in torch"
+    )
 
 
 def _cuda() -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vitalrt
+from vitalrt.engine import cpu_decoder
 
 STOP_IDS = list(range(0, 80, 9))
 
@@ -20,8 +21,12 @@ def draw_prompts(tiny, seed: int, count: int = 3) -> list[vitalrt.Prompt]:
 
 
 @pytest.mark.parametrize("seed", range(36))
-def test_k0_is_transformers_generate(make_tiny, seed: int) -> None:
+def test_k0_is_transformers_generate(make_tiny, monkeypatch, seed: int) -> None:
+    """In turn with the decoder in the C++ core and in torch."""
+    if seed % 2:
+        monkeypatch.setattr(cpu_decoder, "MAX_LAYER_WEIGHTS", 0)
     tiny = make_tiny(seed, stop_ids=STOP_IDS, random_shape=True)
+    assert (tiny.model.engine.cpu_decoder is None) == bool(seed % 2)
     prompts = draw_prompts(tiny, seed)
     answers = tiny.model.run(prompts, k=0, max_new_tokens=10, return_logits=True)
     for prompt, answer in zip(prompts, answers, strict=True):

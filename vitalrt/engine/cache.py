@@ -24,6 +24,7 @@ class PagedCache:
         num_tokens = engine.cache_tokens or min(DEFAULT_BYTES // self.bytes_per_token, DEFAULT_MAX_TOKENS)
         num_pages = max(1, -(-num_tokens // engine.page_size))
         self.pool = BlockPool(num_pages)
+        self._slots = torch.arange(num_pages * engine.page_size, device=device).view(num_pages, engine.page_size)
         shape = (config.num_hidden_layers, num_pages * engine.page_size, config.num_key_value_heads, config.head_dim)
         try:
             self.k = torch.empty(shape, device=device, dtype=dtype)
@@ -61,6 +62,4 @@ class PagedCache:
 
     def slots_of(self, pages: list[int]) -> torch.Tensor:
         """[len(pages) * page_size] int64: the slot of each token position."""
-        offsets = torch.arange(self.page_size)
-        slots = torch.tensor(pages)[:, None] * self.page_size + offsets
-        return slots.flatten().to(self.k.device)
+        return self._slots.index_select(0, torch.tensor(pages, device=self._slots.device)).flatten()

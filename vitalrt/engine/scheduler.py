@@ -10,7 +10,7 @@ import torch
 
 from vitalrt.config import EngineConfig
 from vitalrt.engine.cache import PagedCache
-from vitalrt.engine.cpu_step import CpuStep, why_not_cpu_step
+from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
 from vitalrt.engine.request import Decoding
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Sequence
@@ -36,9 +36,11 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         weight = model.decoder.embed.weight
         self.cache = PagedCache(model.config.decoder, config, weight.device, weight.dtype)
-        self.cpu_step = CpuStep(model.decoder, self.cache) if why_not_cpu_step(model.decoder) is None else None
+        runs_in_core = why_not_cpu_decoder(model.decoder) is None
+        self.cpu_decoder = CpuDecoder(model.decoder, self.cache) if runs_in_core else None
         self._waiting: deque[Sequence] = deque()
-        self._batch = RunningBatch([], weight.new_empty(0, model.config.decoder.hidden_size))
+        self._nobody = RunningBatch([], weight.new_empty(0, model.config.decoder.hidden_size))
+        self._batch = self._nobody
         self._lock = threading.RLock()
 
     def submit(self, prompt: Prompt, decoding: Decoding) -> Sequence:
@@ -104,7 +106,7 @@ class Engine:
         if not admitted:
             return
         try:
-            hidden = prefill(self.model, self.cache, admitted)
+            hidden = prefill(self.model, self.cache, admitted, self.cpu_decoder)
         except BaseException:
             for sequence in admitted:
                 sequence.finish("cancelled")
@@ -142,7 +144,7 @@ class Engine:
             sequence.pages, sequence.slots = [], None
         if finished:
             rows = [row for row, sequence in enumerate(self._batch.sequences) if not sequence.is_finished]
-            self._batch = self._batch.keep(rows)
+            self._batch = self._batch.keep(rows) if rows else self._nobody
 
     def _step(self) -> None:
         batch = self._batch
@@ -155,7 +157,7 @@ class Engine:
                 inputs = torch.where(torch.tensor(thinking, device=inputs.device)[:, None], inputs, embedded)
             else:
                 inputs = embedded
-        batch.step(self.model, self.cache, inputs, self.cpu_step)
+        batch.step(self.model, self.cache, inputs, self.cpu_decoder)
         for row, sequence in enumerate(batch.sequences):
             if thinking[row]:
                 sequence.latents.append(batch.hidden[row])

@@ -11,22 +11,24 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
-from vitalrt.engine.cpu_step import MAX_BATCH, CpuStep
+from vitalrt.engine.cpu_decoder import MAX_BATCH, CpuDecoder
 from vitalrt.engine.sequence import Sequence
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import decode_attention, kv_append
 
 
-def prefill(model: Qwen3VL, cache: PagedCache, sequences: Many[Sequence]) -> torch.Tensor:
+def prefill(
+    model: Qwen3VL, cache: PagedCache, sequences: Many[Sequence], cpu_decoder: CpuDecoder | None = None
+) -> torch.Tensor:
     """Run whole prompts, packed without padding, and fill their part of the cache.
 
+    cpu_decoder: takes the torch decoder's place while the prompts are short.
     Returns z_0 of each: [B, d], the last token's hidden state after the final norm (VITAL section 3.1).
     """
     device = cache.k.device
     lengths = [sequence.prompt.num_tokens for sequence in sequences]
     ids = torch.cat([sequence.prompt.input_ids for sequence in sequences])
     positions = torch.cat([sequence.positions for sequence in sequences], dim=1).to(device)
-    slots = torch.cat([_slots(sequence)[:length] for sequence, length in zip(sequences, lengths, strict=True)])
     x = model.decoder.embed(ids.to(device))
     image_rows, deepstack = None, []
     pixels = [s.prompt.pixel_values for s in sequences if s.prompt.pixel_values is not None]
@@ -35,12 +37,18 @@ def prefill(model: Qwen3VL, cache: PagedCache, sequences: Many[Sequence]) -> tor
         tokens, deepstack = model.vision(torch.cat(pixels).to(device), grids)
         image_rows = (ids == model.config.image_token_id).nonzero().flatten().to(device)
         x = x.index_copy(0, image_rows, tokens.to(x.dtype))
-    attend = PrefillAttention(cache, slots, lengths)
-    last = torch.tensor(lengths, device=device).cumsum(0) - 1
-    hidden = model.decoder(x, positions, attend, image_rows, deepstack, rows=last)
+    if cpu_decoder is not None and len(x) <= cpu_decoder.max_prompt_tokens:
+        counts = torch.tensor(lengths)
+        done = torch.zeros_like(counts)
+        hidden = cpu_decoder(x, _slot_rows(sequences, device), done, counts, positions, image_rows, deepstack)
+    else:
+        slots = torch.cat([_slots(sequence)[:length] for sequence, length in zip(sequences, lengths, strict=True)])
+        attend = PrefillAttention(cache, slots, lengths)
+        last = torch.tensor(lengths, device=device).cumsum(0) - 1
+        hidden = model.decoder.norm(model.decoder(x, positions, attend, image_rows, deepstack, rows=last))
     for sequence, length in zip(sequences, lengths, strict=True):
         sequence.num_tokens = length
-    return model.decoder.norm(hidden)
+    return hidden
 
 
 class PrefillAttention:
@@ -72,11 +80,9 @@ class RunningBatch:
         device = hidden.device
         self.lengths = torch.tensor([s.num_tokens for s in sequences], device=device)
         self.positions = torch.tensor([s.position for s in sequences], device=device)
-        longest = max((len(_slots(s)) for s in sequences), default=0)
-        self.slots = torch.zeros(len(sequences), longest, dtype=torch.int64, device=device)
-        for row, sequence in enumerate(sequences):
-            self.slots[row, : len(_slots(sequence))] = _slots(sequence)
-        self._columns = torch.arange(longest, device=device)
+        self.slots = _slot_rows(sequences, device)
+        self._one_each = torch.ones_like(self.lengths)
+        self._columns = torch.arange(self.slots.shape[1], device=device)
         self._single_run = len(sequences) == 1 and _is_run(sequences[0].pages)
 
     def join(self, sequences: list[Sequence], hidden: torch.Tensor) -> RunningBatch:
@@ -85,14 +91,16 @@ class RunningBatch:
     def keep(self, rows: list[int]) -> RunningBatch:
         return RunningBatch([self.sequences[row] for row in rows], self.hidden[rows])
 
-    def step(self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor, cpu_step: CpuStep | None = None) -> None:
+    def step(
+        self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor, cpu_decoder: CpuDecoder | None = None
+    ) -> None:
         """Feed one embedding per sequence, append its keys and values to the cache in place, and renew hidden.
 
         inputs: [B, d]: z_{k-1} for a latent step, embed(token) for an answer step. One pass serves both phases.
-        cpu_step: takes torch's place while the batch is small.
+        cpu_decoder: takes the torch decoder's place while the batch is small.
         """
-        if cpu_step is not None and len(self.sequences) <= MAX_BATCH:
-            self.hidden = cpu_step(inputs, self.slots, self.lengths, self.positions)
+        if cpu_decoder is not None and len(self.sequences) <= MAX_BATCH:
+            self.hidden = cpu_decoder(inputs, self.slots, self.lengths, self._one_each, self.positions[None])
         else:
             self.hidden = self._step_in_torch(model, cache, inputs)
         self.lengths += 1
@@ -126,6 +134,17 @@ def _slots(sequence: Sequence) -> torch.Tensor:
     if sequence.slots is None:
         raise RuntimeError("sequence holds no cache slots")
     return sequence.slots
+
+
+def _slot_rows(sequences: Many[Sequence], device: torch.device) -> torch.Tensor:
+    """[B, L] int64: the slots of each sequence, zeros after the end of the shorter ones. A lone one's are a view."""
+    if len(sequences) == 1:
+        return _slots(sequences[0])[None]
+    longest = max((len(_slots(sequence)) for sequence in sequences), default=0)
+    rows = torch.zeros(len(sequences), longest, dtype=torch.int64, device=device)
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[: len(_slots(sequence))] = _slots(sequence)
+    return rows
 
 
 def _is_run(pages: list[int]) -> bool:

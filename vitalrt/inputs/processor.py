@@ -93,15 +93,14 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, tup
     """
     height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-    scale = np.asarray([1 / (255 * std) for std in options.std], np.float32)
-    offset = np.asarray([mean / std for mean, std in zip(options.mean, options.std, strict=True)], np.float32)
-    values = np.asarray(resized, np.float32) * scale - offset
     patch, merge = options.patch_size, options.merge_size
     grid_h, grid_w = height // patch, width // patch
-    blocks = values.reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
+    blocks = np.asarray(resized).reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
     blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, block column, row, column, channel, y, x
-    frames = np.repeat(blocks[:, :, :, :, :, None], options.temporal_patch_size, axis=5)
-    return frames.reshape(grid_h * grid_w, -1), (1, grid_h, grid_w)
+    values = blocks.astype(np.float32, order="C").reshape(grid_h * grid_w, 3, 1, patch * patch)
+    values *= np.asarray([1 / (255 * std) for std in options.std], np.float32)[:, None, None]
+    values -= np.asarray([m / std for m, std in zip(options.mean, options.std, strict=True)], np.float32)[:, None, None]
+    return values.repeat(options.temporal_patch_size, axis=2).reshape(len(values), -1), (1, grid_h, grid_w)
 
 
 class Processor:
@@ -113,6 +112,8 @@ class Processor:
         self.directory = directory
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(directory)
+            self.tokenizer.backend_tokenizer.no_truncation()
+            self.tokenizer.backend_tokenizer.no_padding()
         except Exception as error:  # a garbled file may raise anything, KeyError and TypeError included
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"model: {directory} has no usable tokenizer files ({reason})") from error
@@ -123,6 +124,10 @@ class Processor:
     def patch_options(self) -> PatchOptions:
         """Read when the first picture comes: text alone does not need them."""
         return PatchOptions.from_directory(self.directory)
+
+    @functools.cached_property
+    def _patch_options_digest(self) -> Any:
+        return hashlib.sha256(json.dumps(asdict(self.patch_options)).encode())
 
     def prepare(self, image: Any, question: str, options: ReadOptions) -> Prompt:
         """image: anything read_image takes, a list of such, or None.  Raises InputError."""
@@ -139,7 +144,7 @@ class Processor:
             digests.append(self._digest(pixels))
         return Prompt(
             self.tokenize(question, grids),
-            torch.from_numpy(np.concatenate(patches)) if patches else None,
+            torch.from_numpy(patches[0] if len(patches) == 1 else np.concatenate(patches)) if patches else None,
             torch.tensor(grids) if grids else None,
             digests=digests,
             preprocess_ms=(time.perf_counter() - started) * 1000,
@@ -161,13 +166,15 @@ class Processor:
         for index, (time_, height, width) in enumerate(grids):
             num_tokens = time_ * height * width // self.patch_options.merge_size**2
             parts[index] += IMAGE_TOKEN * num_tokens
-        return self.tokenizer("".join(parts))["input_ids"]
+        # Calling the tokenizer itself would hand the one text to a pool of threads, and wait for them to wake up.
+        return self.tokenizer.backend_tokenizer.encode("".join(parts)).ids
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _digest(self, pixels: np.ndarray) -> bytes:
-        digest = hashlib.sha256(json.dumps([pixels.shape, asdict(self.patch_options)]).encode())
+        digest = self._patch_options_digest.copy()
+        digest.update(repr(pixels.shape).encode())
         digest.update(np.ascontiguousarray(pixels).data)
         return digest.digest()
 

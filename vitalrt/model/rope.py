@@ -90,7 +90,7 @@ class MRope(torch.nn.Module):
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x: [T, H, D]; cos, sin: [T, 1, D]. Turns the pairs (x_i, x_{i + D/2})."""
     low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat((-high, low), dim=-1), sin)
 
 
 class GridTables(NamedTuple):

@@ -1,4 +1,4 @@
-"""The C++ step against the torch step: the same cache, sequences and inputs through both."""
+"""The C++ decoder against the torch decoder: the same cache, sequences and inputs through both."""
 
 from __future__ import annotations
 
@@ -9,28 +9,46 @@ import torch
 
 from vitalrt import _core
 from vitalrt.describe import describe_model
-from vitalrt.engine import cpu_step
+from vitalrt.engine import cpu_decoder
 from vitalrt.engine.cache import PagedCache
-from vitalrt.engine.cpu_step import CpuStep, why_not_cpu_step
+from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
 from vitalrt.engine.request import Decoding
 from vitalrt.engine.sequence import Sequence
-from vitalrt.engine.step import RunningBatch
+from vitalrt.engine.step import RunningBatch, prefill
+from vitalrt.inputs.prompt import Prompt
+from vitalrt.model.rope import mrope_positions
 
 TOLERANCE = 1e-5  # of a row's length
 
 
+def scatter(cache: PagedCache, sequences: list[Sequence], lengths: list[int], seed: int) -> list[Sequence]:
+    """Give the sequences room for a few tokens more than lengths, in pages all over the cache."""
+    free = random.Random(seed).sample(range(cache.pool.num_blocks), cache.pool.num_blocks)
+    for sequence, length in zip(sequences, lengths, strict=True):
+        sequence.pages = [free.pop() for _ in range(cache.num_pages_for(length + 4))]
+        sequence.slots = cache.slots_of(sequence.pages)
+    return sequences
+
+
 def scattered(model, cache: PagedCache, lengths: list[int], seed: int) -> list[Sequence]:
-    """Sequences in the middle of an answer, their pages all over the cache, positions ahead of their tokens."""
+    """Sequences in the middle of an answer, positions ahead of their tokens."""
     draw = random.Random(seed)
-    free = draw.sample(range(cache.pool.num_blocks), cache.pool.num_blocks)
     sequences = []
     for length in lengths:
         sequence = Sequence(model.prompt(0), torch.zeros(3, 1), length + draw.randrange(50), Decoding(k=0))
         sequence.num_tokens = length
-        sequence.pages = [free.pop() for _ in range(cache.num_pages_for(length + 4))]
-        sequence.slots = cache.slots_of(sequence.pages)
         sequences.append(sequence)
-    return sequences
+    return scatter(cache, sequences, lengths, seed)
+
+
+def scattered_prompts(model, prompts: list[Prompt], seed: int) -> list[Sequence]:
+    """Sequences before their prefill."""
+    engine = model.model.engine
+    sequences = []
+    for prompt in prompts:
+        positions = mrope_positions(prompt.input_ids, prompt.grids(), engine.model.config)
+        sequences.append(Sequence(prompt, *positions, Decoding(k=0)))
+    return scatter(engine.cache, sequences, [prompt.num_tokens for prompt in prompts], seed)
 
 
 def fill(cache: PagedCache, sequences: list[Sequence], seed: int) -> None:
@@ -42,6 +60,10 @@ def fill(cache: PagedCache, sequences: list[Sequence], seed: int) -> None:
             used = sequence.slots[: sequence.num_tokens]
             shape = (numbers.shape[0], len(used), *numbers.shape[2:])
             numbers[:, used] = torch.randn(shape, generator=generator)
+
+
+def step_in_core(engine, batch: RunningBatch, slots: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return engine.cpu_decoder(batch.hidden, slots, lengths, torch.ones_like(lengths), batch.positions[None])
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -59,7 +81,7 @@ def test_random_shapes_and_batches(make_tiny, seed: int) -> None:
     cache, draw = engine.cache, random.Random(seed)
     lengths = [draw.choice([1, 2, 15, 16, 17, 31, 63, 100]) for _ in range(seed % 5 + 1)]
     results = []
-    for step in (engine.cpu_step, None):
+    for step in (engine.cpu_decoder, None):
         sequences = scattered(tiny, cache, lengths, seed)
         fill(cache, sequences, seed)
         inputs = torch.randn(len(lengths), engine.model.config.decoder.hidden_size, generator=torch.manual_seed(seed))
@@ -71,6 +93,30 @@ def test_random_shapes_and_batches(make_tiny, seed: int) -> None:
         assert batch.lengths.tolist() == [length + 3 for length in lengths]
         assert batch.positions.tolist() == [sequence.position for sequence in sequences]
         results.append((torch.stack(hidden), cache.k.clone(), cache.v.clone()))
+    (ours, k, v), (expected, k_expected, v_expected) = results
+    assert_close(ours, expected)
+    torch.testing.assert_close(k, k_expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+    torch.testing.assert_close(v, v_expected, atol=1e-4, rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(500, 530))
+@torch.inference_mode()
+def test_random_prompts(make_tiny, seed: int) -> None:
+    """Prompts of any length and number of pictures, packed: hidden states, and keys and values of every layer."""
+    tiny = make_tiny(seed, random_shape=True)
+    engine, draw = tiny.model.engine, random.Random(seed)
+    prompts = []
+    for n in range(draw.randint(1, 4)):
+        grids = [(1, draw.randint(1, 4), draw.randint(1, 4)) for _ in range(draw.randint(0, 2))]
+        prompts.append(tiny.prompt(10 * seed + n, grids, num_text=draw.choice([1, 3, 8, 20, 60])))
+    results = []
+    for decoder in (engine.cpu_decoder, None):
+        sequences = scattered_prompts(tiny, prompts, seed)
+        for numbers in (engine.cache.k, engine.cache.v):
+            numbers.fill_(float("nan"))
+        hidden = prefill(engine.model, engine.cache, sequences, decoder)
+        assert [sequence.num_tokens for sequence in sequences] == [prompt.num_tokens for prompt in prompts]
+        results.append((hidden, engine.cache.k.clone(), engine.cache.v.clone()))
     (ours, k, v), (expected, k_expected, v_expected) = results
     assert_close(ours, expected)
     torch.testing.assert_close(k, k_expected, atol=1e-4, rtol=1e-4, equal_nan=True)
@@ -89,7 +135,7 @@ def test_a_row_does_not_depend_on_the_others(make_tiny, seed: int) -> None:
 
     def step(rows: slice) -> torch.Tensor:
         batch = RunningBatch(sequences[rows], inputs[rows])
-        return engine.cpu_step(batch.hidden, batch.slots, batch.lengths, batch.positions)
+        return step_in_core(engine, batch, batch.slots, batch.lengths)
 
     together = step(slice(None))
     for row in range(len(lengths)):
@@ -101,7 +147,7 @@ def test_far_positions(tiny) -> None:
     """Angles of thousands of turns are where a sloppy cosine shows."""
     engine = tiny.model.engine
     results = []
-    for step in (engine.cpu_step, None):
+    for step in (engine.cpu_decoder, None):
         [sequence] = sequences = scattered(tiny, engine.cache, [20], seed=0)
         fill(engine.cache, sequences, seed=0)
         sequence.position = 262_143
@@ -118,9 +164,9 @@ def test_whole_answers(make_tiny, monkeypatch, seed: int) -> None:
     prompts = [tiny.prompt(seed + n, [(1, 2, 1 + n)] * (n % 2), num_text=2 + 7 * n) for n in range(5)]
     steps = [0, 4, 1, 7, 2]
     ours = tiny.load().run(prompts, k=steps, max_new_tokens=8)
-    monkeypatch.setattr(cpu_step, "MAX_LAYER_WEIGHTS", 0)
+    monkeypatch.setattr(cpu_decoder, "MAX_LAYER_WEIGHTS", 0)
     in_torch = tiny.load()
-    assert in_torch.engine.cpu_step is None
+    assert in_torch.engine.cpu_decoder is None
     for answer, expected in zip(ours, in_torch.run(prompts, k=steps, max_new_tokens=8), strict=True):
         assert answer.token_ids == expected.token_ids
         assert_close(answer.latents, expected.latents) if len(answer.latents) else None
@@ -135,7 +181,7 @@ def test_numbers_that_are_not_finite_pass_through(tiny) -> None:
     inputs = torch.randn(3, 48)
     inputs[0, 3], inputs[1, 5] = float("nan"), float("inf")
     batch = RunningBatch(sequences, inputs)
-    batch.step(engine.model, engine.cache, inputs, engine.cpu_step)
+    batch.step(engine.model, engine.cache, inputs, engine.cpu_decoder)
     assert batch.hidden.isnan().all(dim=1).tolist() == [True, True, False]
     assert bool(batch.hidden[2].isfinite().all())
 
@@ -153,28 +199,28 @@ def test_slots_outside_the_cache_are_refused(tiny) -> None:
         (batch.slots, -batch.lengths),
     ):
         with pytest.raises(IndexError, match=r"expected 0 to \d+"):
-            engine.cpu_step(batch.hidden, slots, lengths, batch.positions)
+            step_in_core(engine, batch, slots, lengths)
     assert torch.equal(engine.cache.k.nan_to_num(7), before.nan_to_num(7))
 
 
 def test_shapes_without_a_meaning_are_refused() -> None:
     good = {
         **dict.fromkeys(["hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_slots"], 2),
-        **dict.fromkeys(["final_norm", "inverse_frequencies", "k_cache", "v_cache"], 0),
+        **dict.fromkeys(["final_norm", "inverse_frequencies", "axes", "k_cache", "v_cache"], 0),
         "rms_norm_eps": 1e-6,
         "layers": [],
     }
-    _core.CpuStep(**good)
+    _core.CpuDecoder(**good)
     for bad in ({"num_kv_heads": 3}, {"head_dim": 3}, {"head_dim": 0}, {"hidden_size": -2}, {"num_slots": 0}):
         with pytest.raises(ValueError, match="shape: expected"):
-            _core.CpuStep(**{**good, **bad})
+            _core.CpuDecoder(**{**good, **bad})
 
 
 def test_who_uses_it(tiny, monkeypatch) -> None:
-    assert isinstance(tiny.model.engine.cpu_step, CpuStep)
-    assert describe_model(tiny.model)["cpu step"].startswith("in C++")
+    assert isinstance(tiny.model.engine.cpu_decoder, CpuDecoder)
+    assert describe_model(tiny.model)["cpu decoder"].startswith("in C++")
     half = tiny.load(dtype="bfloat16")
-    assert half.engine.cpu_step is None
-    assert "not float32" in describe_model(half)["cpu step"]
-    monkeypatch.setattr(cpu_step, "MAX_LAYER_WEIGHTS", 10)
-    assert "a layer has" in why_not_cpu_step(tiny.model.weights.decoder)
+    assert half.engine.cpu_decoder is None
+    assert "not float32" in describe_model(half)["cpu decoder"]
+    monkeypatch.setattr(cpu_decoder, "MAX_LAYER_WEIGHTS", 10)
+    assert "a layer has" in why_not_cpu_decoder(tiny.model.weights.decoder)

@@ -1,0 +1,294 @@
+#include "cpu_kernels.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+// Wherever the loader can choose between versions of a function, one of them is for processors with AVX and FMA.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define VITALRT_CLONES __attribute__((target_clones("fma", "default")))
+#else
+#define VITALRT_CLONES
+#endif
+#define VITALRT_INLINE inline __attribute__((always_inline))
+
+namespace vitalrt {
+namespace {
+
+using std::size_t;
+
+constexpr size_t kLanes = 8;
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef float LanesInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef std::int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+
+// Lanes go to and from functions by reference only: how they would go by value depends on the processor.
+VITALRT_INLINE const LanesInMemory& load(const float* numbers) {
+  return *reinterpret_cast<const LanesInMemory*>(numbers);
+}
+VITALRT_INLINE void store(float* numbers, const Lanes& lanes) { *reinterpret_cast<LanesInMemory*>(numbers) = lanes; }
+
+VITALRT_INLINE float total(const Lanes& lanes) {
+  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+}
+
+// sums[n] = the weight row times input row n, all `width` long.
+template <size_t kInputs>
+VITALRT_INLINE void dot_products(const float* weight, const float* inputs, size_t width, float (&sums)[kInputs]) {
+  Lanes partial[kInputs] = {};
+  size_t column = 0;
+  for (; column + kLanes <= width; column += kLanes) {
+    const Lanes numbers = load(weight + column);
+    for (size_t n = 0; n < kInputs; ++n) {
+      partial[n] += numbers * load(inputs + n * width + column);
+    }
+  }
+  for (size_t n = 0; n < kInputs; ++n) {
+    sums[n] = total(partial[n]);
+    for (size_t rest = column; rest < width; ++rest) {
+      sums[n] += weight[rest] * inputs[n * width + rest];
+    }
+  }
+}
+
+VITALRT_INLINE float dot_product(const float* a, const float* b, size_t width) {
+  float sums[1];
+  dot_products(a, b, width, sums);
+  return sums[0];
+}
+
+// Weight rows first to last, one after the other, times kInputs rows of inputs; added to outputs if `add`.
+template <size_t kInputs>
+VITALRT_INLINE void multiply_rows(const float* weight, size_t first, size_t last, size_t width, const float* inputs,
+                                  float* outputs, size_t out_width, bool add) {
+  for (size_t row = first; row < last; ++row) {
+    float sums[kInputs];
+    dot_products(weight + row * width, inputs, width, sums);
+    for (size_t n = 0; n < kInputs; ++n) {
+      float& output = outputs[n * out_width + row];
+      output = add ? output + sums[n] : sums[n];
+    }
+  }
+}
+
+// For a step: the weights are read strictly in order, since it mostly waits for them to come from memory, and a block of
+// them stays in the first cache while the inputs pass by.
+VITALRT_CLONES
+void multiply_few(const float* weight, size_t out_width, size_t width, const float* inputs, size_t num_rows,
+                  float* outputs, bool add) {
+  constexpr size_t kBlock = 16;
+  for (size_t first = 0; first < out_width; first += kBlock) {
+    const size_t last = std::min(first + kBlock, out_width);
+    size_t n = 0;
+    for (; n + 4 <= num_rows; n += 4) {
+      multiply_rows<4>(weight, first, last, width, inputs + n * width, outputs + n * out_width, out_width, add);
+    }
+    for (; n + 2 <= num_rows; n += 2) {
+      multiply_rows<2>(weight, first, last, width, inputs + n * width, outputs + n * out_width, out_width, add);
+    }
+    for (; n < num_rows; ++n) {
+      multiply_rows<1>(weight, first, last, width, inputs + n * width, outputs + n * out_width, out_width, add);
+    }
+  }
+}
+
+// kWeights rows of weights times kGroups groups of kLanes input rows, a lane each. columns: [kGroups, width, kLanes].
+template <size_t kWeights, size_t kGroups>
+VITALRT_INLINE void multiply_tile(const float* weight, size_t width, const float* columns, float* outputs,
+                                  size_t out_width, size_t num_rows, bool add) {
+  Lanes sums[kWeights][kGroups] = {};
+  for (size_t column = 0; column < width; ++column) {
+    Lanes inputs[kGroups];
+    for (size_t group = 0; group < kGroups; ++group) {
+      inputs[group] = load(columns + (group * width + column) * kLanes);
+    }
+    for (size_t row = 0; row < kWeights; ++row) {
+      for (size_t group = 0; group < kGroups; ++group) {
+        sums[row][group] += weight[row * width + column] * inputs[group];
+      }
+    }
+  }
+  float turned[kGroups * kLanes][kWeights];
+  for (size_t row = 0; row < kWeights; ++row) {
+    for (size_t n = 0; n < kGroups * kLanes; ++n) {
+      turned[n][row] = sums[row][n / kLanes][n % kLanes];
+    }
+  }
+  for (size_t n = 0; n < num_rows; ++n) {
+    for (size_t row = 0; row < kWeights; ++row) {
+      float& output = outputs[n * out_width + row];
+      output = add ? output + turned[n][row] : turned[n][row];
+    }
+  }
+}
+
+// Weight rows first to last times kGroups groups.
+template <size_t kWeights, size_t kGroups>
+VITALRT_INLINE void multiply_tiles(const float* weight, size_t first, size_t last, size_t width, const float* columns,
+                                   size_t num_rows, float* outputs, size_t out_width, bool add) {
+  size_t row = first;
+  for (; row + kWeights <= last; row += kWeights) {
+    multiply_tile<kWeights, kGroups>(weight + row * width, width, columns, outputs + row, out_width, num_rows, add);
+  }
+  for (; row < last; ++row) {
+    multiply_tile<1, kGroups>(weight + row * width, width, columns, outputs + row, out_width, num_rows, add);
+  }
+}
+
+// For a prompt: twelve sums stay in registers, which is as many as AVX has room for beside what they are made from. A
+// block of weights comes from memory once and stays in the first cache while the inputs pass by.
+VITALRT_CLONES
+void multiply_many(const float* weight, size_t out_width, size_t width, const float* inputs, size_t num_rows,
+                   float* outputs, bool add) {
+  constexpr size_t kBlock = 24;
+  const size_t num_groups = (num_rows + kLanes - 1) / kLanes, group_size = width * kLanes;
+  std::vector<float> columns(num_groups * group_size);
+  for (size_t n = 0; n < num_rows; ++n) {
+    float* lane = &columns[n / kLanes * group_size + n % kLanes];
+    for (size_t column = 0; column < width; ++column) {
+      lane[column * kLanes] = inputs[n * width + column];
+    }
+  }
+  for (size_t first = 0; first < out_width; first += kBlock) {
+    const size_t last = std::min(first + kBlock, out_width);
+    for (size_t group = 0; group < num_groups; group += 2) {
+      const size_t done = group * kLanes;
+      float* output = outputs + done * out_width;
+      if (group + 1 < num_groups) {
+        multiply_tiles<6, 2>(weight, first, last, width, &columns[group * group_size],
+                             std::min(2 * kLanes, num_rows - done), output, out_width, add);
+      } else {
+        multiply_tiles<12, 1>(weight, first, last, width, &columns[group * group_size], num_rows - done, output,
+                              out_width, add);
+      }
+    }
+  }
+}
+
+// x = e^x to about 1e-7 of it, kept within what a float can hold. NaN stays NaN.
+VITALRT_INLINE void exponentiate(Lanes& x) {
+  const Lanes lowest = Lanes{} - 87.0f, highest = Lanes{} + 88.0f;
+  x = x < lowest ? lowest : x;
+  x = x > highest ? highest : x;
+  // x = n ln 2 + rest. Adding 1.5 * 2^23 rounds to an integer, which is then in the lowest bits.
+  const Lanes shifted = x * 1.44269504f + 12582912.0f;
+  const Lanes n = shifted - 12582912.0f;
+  const Lanes rest = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Lanes series = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+  series = series * rest + 8.3334519073e-3f;
+  series = series * rest + 4.1665795894e-2f;
+  series = series * rest + 1.6666665459e-1f;
+  series = series * rest + 5.0000001201e-1f;
+  series = series * rest * rest + rest + 1.0f;
+  IntLanes exponent;
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  exponent = (exponent + 127) << 23;  // what 1.5 * 2^23 itself set is shifted out
+  Lanes power;
+  std::memcpy(&power, &exponent, sizeof power);
+  x = series * power;
+}
+
+// The last few numbers of a row, where less than a full set of lanes is left; the other lanes are zero.
+VITALRT_INLINE void load_some(Lanes& lanes, const float* numbers, size_t count) {
+  lanes = Lanes{};
+  std::memcpy(&lanes, numbers, count * sizeof(float));
+}
+
+VITALRT_INLINE void store_some(float* numbers, const Lanes& lanes, size_t count) {
+  std::memcpy(numbers, &lanes, count * sizeof(float));
+}
+
+// gate = silu(gate) * up
+VITALRT_INLINE void apply_gate(Lanes& gate, const Lanes& up) {
+  Lanes power = -gate;
+  exponentiate(power);
+  gate = gate / (1.0f + power) * up;
+}
+
+}  // namespace
+
+void multiply(const float* weight, size_t out_width, size_t width, const float* inputs, size_t num_rows, float* outputs,
+              bool add) {
+  if (num_rows <= kFewRows) {
+    multiply_few(weight, out_width, width, inputs, num_rows, outputs, add);
+  } else {
+    multiply_many(weight, out_width, width, inputs, num_rows, outputs, add);
+  }
+}
+
+VITALRT_CLONES
+void rms_norm(const float* inputs, const float* weight, size_t width, size_t num_rows, float eps, float* outputs) {
+  for (size_t row = 0; row < num_rows; ++row, inputs += width, outputs += width) {
+    const float mean_square = dot_product(inputs, inputs, width) / static_cast<float>(width);
+    const float scale = 1.0f / std::sqrt(mean_square + eps);
+    for (size_t i = 0; i < width; ++i) {
+      outputs[i] = inputs[i] * scale * weight[i];
+    }
+  }
+}
+
+VITALRT_CLONES
+void rotate(float* head, const float* turn, size_t half) {
+  for (size_t i = 0; i < half; ++i) {
+    const float low = head[i], high = head[i + half], cosine = turn[i], sine = turn[i + half];
+    head[i] = low * cosine - high * sine;
+    head[i + half] = high * cosine + low * sine;
+  }
+}
+
+VITALRT_CLONES
+void attend(const float* query, const float* keys, const float* values, const std::int64_t* slots, size_t num_tokens,
+            size_t stride, size_t head_dim, float* scores, float* output) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  float highest = -std::numeric_limits<float>::infinity();
+  for (size_t t = 0; t < num_tokens; ++t) {
+    scores[t] = scale * dot_product(query, keys + static_cast<size_t>(slots[t]) * stride, head_dim);
+    highest = std::max(highest, scores[t]);
+  }
+  float sum = 0.0f;
+  size_t first = 0;
+  for (; first + kLanes <= num_tokens; first += kLanes) {
+    Lanes lanes = load(scores + first) - highest;
+    exponentiate(lanes);
+    store(scores + first, lanes);
+  }
+  const size_t rest = num_tokens - first;
+  Lanes lanes;
+  load_some(lanes, scores + first, rest);
+  lanes -= highest;
+  exponentiate(lanes);
+  store_some(scores + first, lanes, rest);
+  for (size_t t = 0; t < num_tokens; ++t) {
+    sum += scores[t];
+  }
+  std::fill(output, output + head_dim, 0.0f);
+  for (size_t t = 0; t < num_tokens; ++t) {
+    const float* value = values + static_cast<size_t>(slots[t]) * stride;
+    const float share = scores[t] / sum;
+    for (size_t i = 0; i < head_dim; ++i) {
+      output[i] += share * value[i];
+    }
+  }
+}
+
+VITALRT_CLONES
+void swiglu(const float* gate_up, size_t width, size_t num_rows, float* gated) {
+  for (size_t row = 0; row < num_rows; ++row, gate_up += 2 * width, gated += width) {
+    size_t i = 0;
+    for (; i + kLanes <= width; i += kLanes) {
+      Lanes gate = load(gate_up + i), up = load(gate_up + width + i);
+      apply_gate(gate, up);
+      store(gated + i, gate);
+    }
+    const size_t rest = width - i;
+    Lanes gate, up;
+    load_some(gate, gate_up + i, rest);
+    load_some(up, gate_up + width + i, rest);
+    apply_gate(gate, up);
+    store_some(gated + i, gate, rest);
+  }
+}
+
+}  // namespace vitalrt
