@@ -108,7 +108,7 @@ def report(image_and_question: tuple[Path, str], pytestconfig: pytest.Config) ->
         rows = interleave(contenders, option("bench_rounds"), torch_model.weights.decoder.embed.weight.device)
     result = Report(
         environment(torch_model),
-        describe_model(torch_model)["cpu step"],
+        describe_model(torch_model)["cpu decoder"],
         question,
         torch_model.prepare(image, question).num_tokens,
         rows,

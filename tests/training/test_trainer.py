@@ -82,6 +82,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, mo
 def test_settings_are_checked():
     assert with_settings(phantom(), {"seed": "7", "k_weights": "1,0,2"}).k_weights == (1.0, 0.0, 2.0)
     assert with_settings(phantom(), {"k_weights": "", "losses.text_weight": "0"}).losses.text_weight == 0
+    together = with_settings(phantom(), {"schedule": "full_mix", "epochs": "1.5", "losses.text_weight": "0"})
+    assert [phase.epochs for phase in together.phases] == [1.5]
     for settings, message in (
         ({"stepz": "7"}, "stepz"),
         ({"seed": "many"}, "seed"),

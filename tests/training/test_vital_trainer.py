@@ -74,6 +74,7 @@ def recipe(tmp_path_factory):
         batch_size=4,
         learning_rate=1e-3,
         precision="no",
+        recompute=False,
         checkpoint_every=2,
     )
 
@@ -306,6 +307,16 @@ def test_a_plan_counts_the_tables_samples_and_tokens(recipe):
         prompt = runtime.prepare(tables.read_picture(row), sample["question"])
         lengths.append(prompt.num_tokens + len(sample["chain"]) + len(answer) + 1)
     assert found.tokens_per_sample == pytest.approx(np.mean(lengths))
+
+
+def test_recomputing_changes_no_gradient(recipe, tmp_path):
+    gradients = []
+    for recompute in (False, True):
+        run = VitalRun(replace(recipe, recompute=recompute), tmp_path / str(recompute), vital_trainer.Accelerator())
+        found = run.model(run.collator.collate([1, 2, 3]))
+        sum(mean.value() for mean in found.values()).backward()
+        gradients.append([p.grad for p in run.model.backbone.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_the_rate_warms_up_and_falls_to_its_final_share(recipe):

@@ -5,13 +5,16 @@ G groups (questions about the same images), N samples, K most latent steps of th
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from transformers import DynamicCache, Qwen3VLForConditionalGeneration
+from transformers import Qwen3VLForConditionalGeneration
 
+from vitalrt.errors import VitalError
 from vitalrt_training.data.batches import Batch
+from vitalrt_training.training_cache import TrainingCache, recomputing
 
 
 @dataclass(frozen=True)
@@ -27,16 +30,30 @@ class LoopOutput:
     has_step: torch.Tensor
 
 
-def run_loop(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.Tensor) -> LoopOutput:
+def run_loop(
+    model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.Tensor, *, checkpoint: bool = False
+) -> LoopOutput:
     """Prefix, question, latent steps, teacher-forced answer.  num_steps: [N] int64, each sample's own K.
 
     Prefix and question may be padded on either side. A sample with fewer steps than the longest idles: its further
     latents are masked out of the cache, and its answer follows its own z_K at its own next position.
+    checkpoint: backward recomputes the decoder's layers instead of keeping what they computed. The same gradients,
+    dropout included, for a fraction of the memory and about half as much time again.
+    Raises VitalError if transformers' own gradient checkpointing is on: it would leave the cache out.
     """
+    layers = model.model.language_model.layers
+    if model.training and any(layer.gradient_checkpointing for layer in layers):
+        raise VitalError("model: expected transformers' gradient checkpointing off (use checkpoint=True), got it on")
+    with recomputing(layers) if checkpoint else nullcontext():
+        return _run(model, batch, num_steps)
+
+
+def _run(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.Tensor) -> LoopOutput:
     decoder = model.model.language_model
-    cache = DynamicCache(config=model.config.get_text_config())
+    max_steps, num_fed = int(num_steps.max()), batch.answer_ids.shape[1] - 1
+    cache = TrainingCache(len(decoder.layers))
     _fill_prefix(model, batch, cache)
-    cache.batch_select_indices(batch.group_of_sample)
+    cache.spread(batch.group_of_sample, batch.question.ids.shape[1] + max_steps + num_fed)
     mask = torch.cat((batch.prefix.mask[batch.group_of_sample], batch.question.mask), dim=1)
     asked = decoder(
         inputs_embeds=decoder.embed_tokens(batch.question.ids),
@@ -46,7 +63,7 @@ def run_loop(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: to
     ).last_hidden_state
     last = (batch.question.mask * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(-1)
     hidden = asked[torch.arange(len(asked), device=asked.device), last][:, None]
-    has_step = torch.arange(int(num_steps.max()), device=asked.device) < num_steps[:, None]
+    has_step = torch.arange(max_steps, device=asked.device) < num_steps[:, None]
     latents: list[torch.Tensor] = []
     for step, is_thinking in enumerate(has_step.T):
         mask = torch.cat((mask, is_thinking[:, None].to(mask.dtype)), dim=1)
@@ -58,7 +75,6 @@ def run_loop(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: to
         ).last_hidden_state
         latents.append(stepped)
         hidden = torch.where(is_thinking[:, None, None], stepped, hidden)
-    num_fed = batch.answer_ids.shape[1] - 1
     answers = decoder(
         inputs_embeds=decoder.embed_tokens(batch.answer_ids[:, :num_fed].clamp(min=0)),
         position_ids=_axes((batch.next_position + num_steps)[:, None] + torch.arange(num_fed, device=asked.device)),
@@ -68,7 +84,7 @@ def run_loop(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: to
     return LoopOutput(model.lm_head(torch.cat((hidden, answers), dim=1)), latents, has_step)
 
 
-def _fill_prefix(model: Qwen3VLForConditionalGeneration, batch: Batch, cache: DynamicCache) -> None:
+def _fill_prefix(model: Qwen3VLForConditionalGeneration, batch: Batch, cache: TrainingCache) -> None:
     tower = model.model.visual(batch.pixel_values, grid_thw=batch.image_grid_thw)
     encoded = SimpleNamespace(
         pooler_output=(tower.pooler_output,),

@@ -126,6 +126,7 @@ class VitalRecipe:
     batch_size: samples per optimiser step over all processes.  warmup_share: of each phase's steps.
     final_rate: share of the learning rate that a cosine leaves at the end of a phase; 1 keeps it constant.
     loss_limit: a loss above it counts as exploded and stops the run.  precision: "no" or "bf16" (autocast).
+    recompute: gradient checkpointing of the backbone's layers: less memory for more time.
     """
 
     backbone: str
@@ -147,6 +148,7 @@ class VitalRecipe:
     max_grad_norm: float
     loss_limit: float
     precision: str
+    recompute: bool
     seed: int
     checkpoint_every: int
 
@@ -202,6 +204,7 @@ def vital_8b() -> VitalRecipe:
         max_grad_norm=1.0,
         loss_limit=100.0,
         precision="bf16",
+        recompute=True,
         seed=0,
         checkpoint_every=200,
     )
@@ -235,6 +238,7 @@ def phantom() -> VitalRecipe:
         max_grad_norm=1.0,
         loss_limit=100.0,
         precision="no",
+        recompute=False,
         seed=0,
         checkpoint_every=100,
     )
@@ -255,18 +259,18 @@ def with_settings(recipe: Any, settings: Mapping[str, str]) -> Any:
 
     Raises VitalError on unknown names and bad values.
     """
+    values: dict[str, Any] = {}
     for name, text in settings.items():
         head, _, rest = name.partition(".")
         if head not in {f.name for f in fields(recipe)}:
             raise VitalError(f"--set: unknown setting {head!r}; expected one of {[f.name for f in fields(recipe)]}")
-        current = getattr(recipe, head)
+        current = values.get(head, getattr(recipe, head))
         if is_dataclass(current) != bool(rest):
             raise VitalError(
                 f"--set: {name}: expected {head}.NAME=VALUE" if not rest else f"--set: {head} has no {rest!r}"
             )
-        value = with_settings(current, {rest: text}) if rest else _parse(head, text, current)
-        recipe = replace(recipe, **{head: value})
-    return recipe
+        values[head] = with_settings(current, {rest: text}) if rest else _parse(head, text, current)
+    return replace(recipe, **values)  # at once: settings may be valid together only
 
 
 def _parse(name: str, text: str, current: Any) -> Any:

@@ -252,7 +252,7 @@ def build_model(recipe: VitalRecipe, backbone_dir: Path, decoder_dir: Path | Non
     else:
         decoder = AutoModelForCausalLM.from_pretrained(decoder_dir, dtype=torch.float32)
     scaffold = Scaffold.build(recipe.projector, width, recipe.feature_width, decoder)
-    return VitalModel(attach_adapter(backbone, recipe.adapter), scaffold, recipe.losses)
+    return VitalModel(attach_adapter(backbone, recipe.adapter), scaffold, recipe.losses, recipe.recompute)
 
 
 def stage_name(phase: int) -> str:

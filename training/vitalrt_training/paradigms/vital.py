@@ -26,8 +26,9 @@ from vitalrt_training.losses import LossConfig, Mean, task_loss, text_loss, visu
 class VitalBatch:
     """prompt: pictures, questions, answers.  num_steps: [N], each sample's K.  sample_ids: for messages.
 
-    chain_ids: [N, K, L], IGNORED where a step is shorter or has no words.  roi, global_feature: [N, v], zeros where has_roi
-    is False, which losses leave out; global_feature is None where the table has none.
+    chain_ids: [N, K, L], IGNORED where a step is shorter or has no words.
+    roi, global_feature: [N, v], zeros where has_roi is False, which losses leave out; global_feature is None where the
+    table has none.
     """
 
     prompt: Batch
@@ -90,10 +91,14 @@ class VitalCollator:
 
 
 class VitalModel(nn.Module):
-    """backbone: a Qwen3-VL under PEFT.  A loss of weight 0 is not computed and its scaffolding gets no gradient."""
+    """backbone: a Qwen3-VL under PEFT.  A loss of weight 0 is not computed and its scaffolding gets no gradient.
 
-    def __init__(self, backbone: PeftModel, scaffold: Scaffold, losses: LossConfig) -> None:
+    recompute: keep no activations of the backbone's layers, compute them again in the backward pass.
+    """
+
+    def __init__(self, backbone: PeftModel, scaffold: Scaffold, losses: LossConfig, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.backbone = backbone
         self.scaffold = scaffold
         self.losses = losses
@@ -123,7 +128,7 @@ class VitalModel(nn.Module):
 
     def think(self, batch: VitalBatch) -> LoopOutput:
         backbone = cast(Qwen3VLForConditionalGeneration, self.backbone.get_base_model())
-        return run_loop(backbone, batch.prompt, batch.num_steps)
+        return run_loop(backbone, batch.prompt, batch.num_steps, checkpoint=self.recompute)
 
     def weight_of(self, name: str) -> float:
         return {"task": 1.0, "text": self.losses.text_weight, "visual": self.losses.visual_weight}[name]
