@@ -118,7 +118,9 @@ def test_data_phantom_writes_what_it_says(capsys, tmp_path):
 
 
 def test_data_roi_needs_an_encoder(capsys, tmp_path):
-    assert run(capsys, "data", "roi", tmp_path)[0] == 2
+    with pytest.raises(SystemExit):
+        run(capsys, "data", "roi", tmp_path)
+    assert "--encoder" in capsys.readouterr().err
     code, _, err = run(capsys, "data", "roi", tmp_path, "--encoder", tmp_path)
     assert code == 1 and "samples.parquet" in err
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from vitalrt.errors import VitalError
+from vitalrt.serve.settings import ServeConfig, read_api_keys
 
 if TYPE_CHECKING:
     from vitalrt.api import Model
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
     from vitalrt.inputs.options import ReadOptions
 
 WRITTEN_EVERY = 5  # a written chain of thought takes seconds, so it joins every fifth round of `bench`
+
+SERVE_LIMITS = {  # fields of ServeConfig, each an option of `serve`
+    "max_queue": "answers that wait for the engine",
+    "deadline_s": "seconds for a request, from its arrival to its last byte",
+    "drain_s": "seconds that running answers have after SIGTERM",
+    "max_body_bytes": "bytes of a request, or of a fetched image",
+    "max_images": "images in a request",
+    "max_image_pixels": "pixels of an image, before it is resized",
+    "max_text_chars": "characters of text in a request",
+    "max_prompt_tokens": "tokens of text and images",
+    "max_completion_tokens": "tokens of an answer",
+    "default_max_tokens": "tokens of an answer where the request does not say",
+    "max_choices": "choices (n) of a request",
+}
 
 # Verbs import what they need when they run: `vitalrt --help` should not wait for torch.
 
@@ -140,7 +155,7 @@ def train(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         raise VitalError("--out: expected a directory for the run")
     if isinstance(recipe, VitalRecipe):
-        directory = train_vital(recipe, arguments.out)
+        directory = train_vital(recipe, arguments.out, arguments.track)
     elif isinstance(recipe, EncoderRecipe):
         directory = train_encoder(recipe, arguments.out)
     else:
@@ -182,7 +197,7 @@ def export_onnx(arguments: argparse.Namespace) -> None:
             arguments.out,
             adapter=arguments.adapter,
             k=arguments.k,
-            verify=not arguments.no_verify,
+            verify=arguments.verify,
             device=arguments.device,
             **options,
         )
@@ -204,6 +219,25 @@ def export_merged(arguments: argparse.Namespace) -> None:
 
     directory = export.merged(arguments.model or BUNDLED, arguments.adapter, arguments.out)
     print(json.dumps({"directory": str(directory)}) if arguments.json else directory)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Answer over HTTP, as OpenAI's API does."""
+    with _needs("serve"):
+        from vitalrt.serve.app import build_app
+        from vitalrt.serve.server import server
+
+    config = ServeConfig(
+        host=arguments.host,
+        port=arguments.port,
+        model_name=arguments.name,
+        api_keys=() if arguments.api_keys is None else read_api_keys(arguments.api_keys),
+        image_origins=tuple(arguments.allow_images_from),
+        audit_file=arguments.audit,
+        audit_text=arguments.audit_text,
+        **{name: getattr(arguments, name) for name in SERVE_LIMITS},
+    )
+    server(build_app(_load(arguments), config, arguments.adapter), config).run()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -260,7 +294,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--int8", action="store_true", help="linear weights in 8 bits")
     verb.add_argument("--opset", type=int, default=20)
     verb.add_argument("--device", default="auto", help="where ONNX Runtime verifies: auto, cpu or cuda[:n]")
-    verb.add_argument("--no-verify", action="store_true", help="do not compare with torch")
+    verb.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the graphs with torch"
+    )
     verb.add_argument("--dry-run", action="store_true", help="file sizes and memory, from config.json alone")
 
     verb = _verb(kinds, "merged", export_merged)
@@ -277,6 +313,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--dry-run", action="store_true", help="print parameter counts, steps and memory; train nothing")
     verb.add_argument("--out", type=Path, metavar="DIR", help="where the run lives, and goes on after an interruption")
+    verb.add_argument(
+        "--track", action="append", default=[], metavar="NAME", help="also log to tensorboard, wandb or mlflow"
+    )
 
     verb = _verb(verbs, "eval", evaluate)
     _add_phantoms(verb, split="test", seed=0, count=2000)
@@ -285,6 +324,23 @@ def _parser() -> argparse.ArgumentParser:
         "-k", type=int, action="append", help="latent steps, may be repeated; the last is reported in full"
     )
     _add_model(verb)
+
+    verb = _verb(verbs, "serve", serve)
+    verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
+    _add_loading(verb)
+    verb.add_argument("--host", default="127.0.0.1", help="default: reachable from this machine only")
+    verb.add_argument("--port", type=int, default=8000)
+    verb.add_argument("--name", help="the model's name in requests; default: its directory's")
+    verb.add_argument("--api-keys", type=Path, metavar="FILE", help="accepted keys, one a line; default: no key needed")
+    verb.add_argument(
+        "--allow-images-from", action="append", default=[], metavar="ORIGIN", help="fetch links of https://host[:port]"
+    )
+    verb.add_argument("--audit", type=Path, metavar="FILE", help="append a JSON line per request, with hashes only")
+    verb.add_argument("--audit-text", action="store_true", help="questions and answers in the audit file as well")
+    for name, text in SERVE_LIMITS.items():
+        default = getattr(ServeConfig, name)
+        flag = "--" + name.replace("_", "-")
+        verb.add_argument(flag, type=int, default=default, metavar="N", help=f"{text}; default: {default}")
     return parser
 
 
@@ -300,6 +356,10 @@ def _add_model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--model", metavar="DIR", help="Hugging Face Qwen3-VL directory or hub id; default: the bundled one"
     )
+    _add_loading(verb)
+
+
+def _add_loading(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--adapter", metavar="DIR", help="PEFT LoRA directory or hub id, merged while loading")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--dtype", default="auto")
