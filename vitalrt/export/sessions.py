@@ -134,6 +134,9 @@ class Sessions:
         if name not in self._open:
             options = self.runtime.SessionOptions()
             options.intra_op_num_threads = self.num_threads
+            # Every session has threads of its own. Were they to spin between runs, they would take the cores from the
+            # other sessions, and from preprocessing.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             if not self.manifest["int8"]:
                 # A rearranged copy per session would multiply the weights; only the int8 kernels gain much by it.
                 options.add_session_config_entry("session.disable_prepacking", "1")
