@@ -13,6 +13,7 @@ from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.adapter import AdapterConfig, attach_adapter
 from vitalrt_training.data.batches import PhantomBatches, pad_targets
+from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.losses import LossConfig, Mean
 from vitalrt_training.paradigms.vital import VitalBatch, VitalModel
 from vitalrt_training.probes import cosine_matrix, gradient_norms, probe
@@ -77,9 +78,10 @@ def model(random_phantom):
 
 
 @pytest.fixture
-def batch(random_phantom, asked):
+def batch(random_phantom):
     """Two pictures, one question each, with one and two steps."""
-    prompt = PhantomBatches(random_phantom, seed=1, images_per_batch=2).collate([(p, s[:1]) for p, s in asked])
+    phantoms = [draw_phantom("test", 1, index) for index in range(2)]
+    prompt = PhantomBatches(random_phantom, seed=1, images_per_batch=2).collate([(p, ask(p)[:1]) for p in phantoms])
     num_steps = torch.tensor([1, 2])
     chain_ids = pad_targets([[5, 6], [], [7], [8, 9]]).view(2, 2, -1)
     roi = torch.randn(2, FEATURE_WIDTH, generator=torch.Generator().manual_seed(2))
