@@ -15,6 +15,8 @@ SUPPORTED = (
     "Instruct and Thinking, 2B, 4B, 8B, 32B and any other size"
 )
 MAX_LATENT_STEPS = 64
+SCAFFOLD_FILES = ("scaffold.json", "scaffold.safetensors")
+"""Training's scaffolding, beside the weights it was trained with; inference reads neither."""
 
 
 @dataclass(frozen=True)

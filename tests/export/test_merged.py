@@ -35,7 +35,9 @@ def test_merged_is_the_model_with_its_adapter(adapter, tmp_path):
     alone, together = vitalrt.load(out, device="cpu"), vitalrt.load(BUNDLED, adapter=adapter, device="cpu")
     assert alone.checkpoint.vital == together.checkpoint.vital
     assert alone.checkpoint.vital.k == 3
-    assert (out / "scaffold.json").is_file()
+    # The model's own scaffolding belongs to other latents and stays behind.
+    assert (BUNDLED / "scaffold.safetensors").is_file() and not (out / "scaffold.safetensors").is_file()
+    assert (out / "scaffold.json").read_text() == "{}"
     changed = 0
     base = dict(vitalrt.load(device="cpu").weights.named_parameters())
     for (name, ours), (_, theirs) in zip(
@@ -60,6 +62,6 @@ def test_a_failed_merge_leaves_nothing(adapter, tmp_path):
 
 def test_a_directory_with_content_is_left_alone(adapter, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(VitalError, match="out: expected a new or an empty directory"):
+    with pytest.raises(VitalError, match="out: expected a new or empty directory"):
         export.merged(BUNDLED, adapter, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

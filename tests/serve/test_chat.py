@@ -186,6 +186,7 @@ def test_a_turn_with_its_image_first_is_the_prompt_of_prepare(running, phantom):
     ours, own = maker.make(asked), phantom.prepare(DEMO, QUESTION)
     assert ours.input_ids.tolist() == own.input_ids.tolist()
     assert (ours.pixel_values == own.pixel_values).all()
+    assert ours.digests == own.digests
     assert ours.grids() == own.grids()
 
 

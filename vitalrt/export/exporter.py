@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +14,10 @@ import numpy as np
 import torch
 
 from vitalrt.checkpoint import Checkpoint, Progress, load_weights
-from vitalrt.config import EngineConfig, ModelConfig
+from vitalrt.config import SCAFFOLD_FILES, EngineConfig, ModelConfig
 from vitalrt.engine.scheduler import Engine
 from vitalrt.errors import VitalError
+from vitalrt.export.directory import building, require_empty
 from vitalrt.export.runtime import OnnxEngine
 from vitalrt.export.sessions import FORMAT, MANIFEST, WEIGHTS_FILE, Sessions, choose_provider, require
 from vitalrt.export.verify import MAX_NEW_TOKENS, MAX_STEPS, Verification, compare, random_prompts
@@ -114,8 +112,7 @@ def export_onnx(
     """
     started = time.perf_counter()
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise VitalError(f"out: expected a new or empty directory, got {str(out)!r}")
+    require_empty(out)
     checkpoint = Checkpoint.open(model, adapter)
     if k is not None:
         checkpoint = replace(checkpoint, vital=replace(checkpoint.vital, k=k))
@@ -124,9 +121,8 @@ def export_onnx(
         choose_provider(device, dtype)
     for package in ("onnxruntime", "onnx_ir") if int8 else ():
         require(package)
-    out.parent.mkdir(parents=True, exist_ok=True)
     # What is wrong, or too large for the disk, has said so before anything is loaded.
-    with _scratch(out, layout.num_bytes + sum(graph.ByteSize() for graph in graphs.values())) as scratch:
+    with building(out, layout.num_bytes + sum(graph.ByteSize() for graph in graphs.values())) as scratch:
         weights = load_weights(checkpoint, adapter, torch.device("cpu"), DTYPES[dtype], progress)
         manifest: dict[str, Any] = {"format": FORMAT, "opset": opset, "dtype": dtype, "int8": int8}
         _copy_companions(checkpoint, scratch)
@@ -143,7 +139,6 @@ def export_onnx(
             verification = _verify(scratch, weights, probes, "int8" if int8 else dtype, device)
             _write_json(scratch / MANIFEST, {**manifest, "verification": asdict(verification)})
         files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
-        scratch.rename(out)
     return Export(out, files, time.perf_counter() - started, verification)
 
 
@@ -167,28 +162,10 @@ def _build(model: Qwen3VL, dtype: str, int8: bool, opset: int) -> tuple[WeightLa
     return layout, build(model.config, layout, opset)
 
 
-@contextmanager
-def _scratch(out: Path, num_bytes: int) -> Iterator[Path]:
-    """A directory beside `out`, on the same disk, that is gone afterwards unless it was moved into place."""
-    free = shutil.disk_usage(out.parent).free
-    if free < num_bytes:
-        raise VitalError(f"out: the export needs {num_bytes:,} bytes, {out.parent} has {free:,} free")
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    scratch.chmod(0o755)  # mkdtemp keeps it to its owner; an export is for others
-    try:
-        yield scratch
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise VitalError(f"out: {out.parent} is full; the export needs {num_bytes:,} bytes") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def _copy_companions(checkpoint: Checkpoint, scratch: Path) -> None:
     for pattern in COMPANIONS:
         for path in checkpoint.directory.glob(pattern):
-            if not path.name.endswith(".safetensors.index.json"):
+            if not path.name.endswith(".safetensors.index.json") and path.name not in SCAFFOLD_FILES:
                 shutil.copyfile(path, scratch / path.name)
     _write_json(scratch / "vital.json", asdict(checkpoint.vital))
 

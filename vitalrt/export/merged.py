@@ -10,10 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vitalrt.checkpoint import Checkpoint, LoraAdapter, resolve
-from vitalrt.errors import VitalError
-
-FROM_ADAPTER = ("vital.json", "scaffold.json", "scaffold.safetensors")
-"""What an adapter directory has that stays of use once its weights are merged."""
+from vitalrt.config import SCAFFOLD_FILES
+from vitalrt.export.directory import building, require_empty
 
 
 def merged(model: str | Path, adapter: str | Path, out: str | Path) -> Path:
@@ -24,28 +22,20 @@ def merged(model: str | Path, adapter: str | Path, out: str | Path) -> Path:
     """
     checkpoint = Checkpoint.open(model)
     adapter_dir, out = resolve(adapter, "adapter"), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise VitalError(f"out: expected a new or an empty directory, got {out}")
+    require_empty(out)
     lora = LoraAdapter(adapter_dir)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        for path in sorted(checkpoint.directory.iterdir()):
-            if path.suffix == ".safetensors" and path.name not in FROM_ADAPTER:
-                _merge_file(lora, path, partial / path.name)
-            elif path.is_file() and path.name not in FROM_ADAPTER:
-                shutil.copy(path, partial / path.name)
+    kept = [path for path in sorted(checkpoint.directory.iterdir()) if path.is_file()]
+    kept = [path for path in kept if path.name not in SCAFFOLD_FILES]
+    added = [adapter_dir / name for name in ("vital.json", *SCAFFOLD_FILES) if (adapter_dir / name).is_file()]
+    with building(out, sum(path.stat().st_size for path in (*kept, *added))) as scratch:
+        for path in kept:
+            if path.suffix == ".safetensors":
+                _merge_file(lora, path, scratch / path.name)
+            else:
+                shutil.copy(path, scratch / path.name)
         lora.require_all_merged()
-        for name in FROM_ADAPTER:
-            source = adapter_dir if (adapter_dir / name).is_file() else checkpoint.directory
-            if (source / name).is_file() and (source == adapter_dir or name == "vital.json"):
-                shutil.copy(source / name, partial / name)
-        # Renaming onto an empty directory replaces it.
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        for path in added:
+            shutil.copy(path, scratch / path.name)
     return out
 
 

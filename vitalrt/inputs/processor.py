@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -103,6 +103,14 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, tup
     return values.repeat(options.temporal_patch_size, axis=2).reshape(len(values), -1), (1, grid_h, grid_w)
 
 
+class Picture(NamedTuple):
+    """patches: float32 [P, patch_dim].  grid: (1, rows, columns) of patches.  digest: of pixels and preprocessing."""
+
+    patches: np.ndarray
+    grid: tuple[int, int, int]
+    digest: bytes
+
+
 class Processor:
     """Tokenizer, chat template and image preprocessing of one checkpoint directory."""
 
@@ -135,34 +143,45 @@ class Processor:
         if not isinstance(question, str) or not question.strip():
             raise InputError(f"question: expected non-empty text, got {type(question).__name__}")
         sources = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        patches, grids, digests = [], [], []
-        for index, source in enumerate(sources):
-            pixels = read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image")
-            values, grid = patchify(pixels, self.patch_options)
-            patches.append(values)
-            grids.append(grid)
-            digests.append(self._digest(pixels))
+        pictures = [
+            self.encode(read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image"))
+            for index, source in enumerate(sources)
+        ]
+        return self.assemble(self.tokenize(question, [picture.grid for picture in pictures]), pictures, started)
+
+    def encode(self, pixels: np.ndarray) -> Picture:
+        """pixels: uint8 RGB [H, W, 3].  Raises InputError where its shape does not fit."""
+        return Picture(*patchify(pixels, self.patch_options), self._digest(pixels))
+
+    def assemble(self, ids: list[int], pictures: Sequence[Picture], started: float) -> Prompt:
+        """pictures: in the order of their tokens in ids.  started: when preprocessing began, of time.perf_counter."""
+        patches = [picture.patches for picture in pictures]
         return Prompt(
-            self.tokenize(question, grids),
+            ids,
             torch.from_numpy(patches[0] if len(patches) == 1 else np.concatenate(patches)) if patches else None,
-            torch.tensor(grids) if grids else None,
-            digests=digests,
+            torch.tensor([picture.grid for picture in pictures]) if pictures else None,
+            digests=[picture.digest for picture in pictures],
             preprocess_ms=(time.perf_counter() - started) * 1000,
         )
 
     def tokenize(self, question: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
         """Ids of one user turn (pictures first, then the question) up to where the answer begins."""
         content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": question}]
+        return self.tokenize_chat([{"role": "user", "content": content}], grids, name="question")
+
+    def tokenize_chat(self, turns: list[dict[str, Any]], grids: Sequence[tuple[int, int, int]], name: str) -> list[int]:
+        """Ids of turns, as chat templates take them, up to where the answer begins.  name: of the turns, for errors.
+
+        Raises InputError where texts spell the token of a picture, jinja2's TemplateError where the template does not
+        take these turns.
+        """
         text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
+            turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
         parts = text.split(IMAGE_TOKEN)
         if len(parts) != len(grids) + 1:
             num_extra = len(parts) - 1 - len(grids)
-            raise InputError(f"question: expected no {IMAGE_TOKEN} token in the text, got {num_extra}")
+            raise InputError(f"{name}: expected no {IMAGE_TOKEN} token in the text, got {num_extra}")
         for index, (time_, height, width) in enumerate(grids):
             num_tokens = time_ * height * width // self.patch_options.merge_size**2
             parts[index] += IMAGE_TOKEN * num_tokens

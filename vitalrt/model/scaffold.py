@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from vitalrt.config import SCAFFOLD_FILES
 from vitalrt.errors import CheckpointError, VitalError
 from vitalrt_kernels.latent_projector import ProjectorWeights, latent_projector
 
 PROJECTORS = ("linear", "mlp", "mlp_ln", "res_mlp_ln", "transformer")
 DROPOUT = 0.1
-WEIGHTS, CONFIG = "scaffold.safetensors", "scaffold.json"
+CONFIG, WEIGHTS = SCAFFOLD_FILES
 
 
 class VisualProjector(nn.Module):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
-import torch
 from jinja2 import TemplateError
 
 from vitalrt.errors import InputError, VitalError
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.processor import IMAGE_TOKEN, Processor, patchify
+from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.serve.errors import bad_request
 from vitalrt.serve.images import ImageReader
@@ -37,25 +35,18 @@ class PromptMaker:
         started = time.perf_counter()
         turns, links = self._turns(asked)
         read = _read_options(asked)
-        patches, grids = [], []
+        pictures = []
         for param, url in links:
             pixels = self.images.read(url, read, param)
             try:
-                values, grid = patchify(pixels, self.processor.patch_options)
+                pictures.append(self.processor.encode(pixels))
             except InputError as error:
                 raise bad_request(f"{param}: {error}", param, "invalid_image") from None
-            patches.append(values)
-            grids.append(grid)
-        ids = self._tokenize(turns, grids)
+        ids = self._tokenize(turns, [picture.grid for picture in pictures])
         if len(ids) > self.config.max_prompt_tokens:
             came = f"{len(ids)} tokens of text and images exceed this server's limit of {self.config.max_prompt_tokens}"
             raise bad_request(f"messages: {came}", "messages", "context_length_exceeded")
-        return Prompt(
-            ids,
-            torch.from_numpy(np.concatenate(patches)) if patches else None,
-            torch.tensor(grids) if grids else None,
-            preprocess_ms=(time.perf_counter() - started) * 1000,
-        )
+        return self.processor.assemble(ids, pictures, started)
 
     def _turns(self, asked: ChatRequest) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
         """What the chat template takes, and (where, link) of each image."""
@@ -81,21 +72,13 @@ class PromptMaker:
         return turns, links
 
     def _tokenize(self, turns: list[dict[str, Any]], grids: list[Grid]) -> list[int]:
-        processor = self.processor
         try:
-            text = processor.tokenizer.apply_chat_template(
-                turns, chat_template=processor.chat_template, add_generation_prompt=True, tokenize=False
-            )
+            return self.processor.tokenize_chat(turns, grids, name="messages")
         except TemplateError:
             trouble = "the model's chat template does not take this sequence of roles"
             raise bad_request(f"messages: {trouble}", "messages") from None
-        parts = text.split(IMAGE_TOKEN)
-        if len(parts) != len(grids) + 1:
-            raise bad_request(f"messages: expected no {IMAGE_TOKEN} token in the text", "messages")
-        for index, (time_, height, width) in enumerate(grids):
-            parts[index] += IMAGE_TOKEN * (time_ * height * width // processor.patch_options.merge_size**2)
-        ids: list[int] = processor.tokenizer("".join(parts))["input_ids"]
-        return ids
+        except InputError as error:
+            raise bad_request(str(error), "messages") from None
 
 
 def _read_options(asked: ChatRequest) -> ReadOptions:
