@@ -94,8 +94,8 @@ def _spread(rows: torch.Tensor, group_of_sample: torch.Tensor, capacity: int) ->
 def recomputing(layers: nn.ModuleList) -> Iterator[None]:
     """Within, a decoder layer's call keeps only its input [N, T, d] and backward computes the rest again.
 
-    layers: the decoder's, in order, called with past_key_values=TrainingCache. Transformers' own checkpointing runs
-    such a layer without any cache. Here each call goes from (input, keys and values so far) to (output, grown keys and
+    layers: the decoder's, in order, called with a TrainingCache by name. Transformers' own checkpointing runs such a
+    layer without any cache. Here each call goes from (input, keys and values so far) to (output, grown keys and
     values) and has no other effect: run again, it starts where it started, whatever the cache has become since, and
     writes the same numbers to the same places. Dropout repeats too.
     """
@@ -110,14 +110,16 @@ def recomputing(layers: nn.ModuleList) -> Iterator[None]:
 
 
 def _recomputed(forward: Callable[..., torch.Tensor], index: int) -> Callable[..., torch.Tensor]:
-    def call(hidden: torch.Tensor, past_key_values: TrainingCache, **kwargs: Any) -> torch.Tensor:
-        layer = past_key_values.layers[index]
+    def call(hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        # past_key_values; `cache` since transformers 5.24.
+        name = next(name for name, value in kwargs.items() if isinstance(value, TrainingCache))
+        layer = kwargs.pop(name).layers[index]
         # Backward must not hold the layer itself: its keys, once grown, lead back to this call.
         start = copy(layer)
 
         def pure(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             growing = copy(start)
-            out = forward(hidden, past_key_values=_OneLayer(growing), **kwargs)
+            out = forward(hidden, **{name: _OneLayer(growing)}, **kwargs)
             return out, growing.keys, growing.values
 
         out, layer.keys, layer.values = checkpoint(pure, hidden, use_reentrant=False)
@@ -133,5 +135,7 @@ class _OneLayer:
     def __init__(self, layer: DynamicLayer) -> None:
         self.layer = layer
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> KeysAndValues:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, **kwargs: Any
+    ) -> KeysAndValues:
         return self.layer.update(key_states, value_states)
