@@ -97,7 +97,9 @@ def report(image_and_question: tuple[Path, str], pytestconfig: pytest.Config) ->
     """The interleaved run. Writes its JSON and its plot, and prints its table."""
     image, question = image_and_question
     option = pytestconfig.getoption
-    torch_model = vitalrt.load(option("bench_model"), option("bench_adapter"), device="cpu", dtype="float32")
+    torch_model = vitalrt.load(
+        option("bench_model"), option("bench_adapter"), device="cpu", dtype="float32", prefix_cache=False
+    )
     with exports(torch_model, option("bench_adapter")) as exported:
         models = {TORCH: torch_model}
         for name in INT8:

@@ -25,7 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def model(pytestconfig: pytest.Config) -> Model:
     option = pytestconfig.getoption
-    return vitalrt.load(option("bench_model"), option("bench_adapter"), option("bench_device"), option("bench_dtype"))
+    # No round may find what the one before has left.
+    return vitalrt.load(
+        option("bench_model"),
+        option("bench_adapter"),
+        option("bench_device"),
+        option("bench_dtype"),
+        prefix_cache=False,
+    )
 
 
 @pytest.fixture(scope="session")

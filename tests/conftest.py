@@ -267,10 +267,22 @@ def talker(make_tiny: MakeTiny) -> TinyModel:
     return tiny
 
 
+@pytest.fixture(scope="session")
+def assert_nothing_held() -> Callable[[vitalrt.Model], None]:
+    """Every page is free, or kept for whoever comes; nobody waits or runs."""
+
+    def check(model: vitalrt.Model) -> None:
+        cache, statistics = model.engine.cache, model.engine.statistics()
+        cache.pool.check_integrity()
+        cache.prefixes.check_integrity()
+        assert cache.num_available_pages == cache.pool.num_blocks
+        assert (statistics.num_waiting, statistics.num_running) == (0, 0)
+
+    return check
+
+
 @pytest.fixture
-def model(tiny: TinyModel) -> vitalrt.Model:
-    """The tiny model; whatever a test does, every page of its cache must be free afterwards."""
+def model(tiny: TinyModel, assert_nothing_held: Callable[[vitalrt.Model], None]) -> vitalrt.Model:
+    """The tiny model; whatever a test does, nobody may hold a page of its cache afterwards."""
     yield tiny.model
-    pool = tiny.model.engine.cache.pool
-    pool.check_integrity()
-    assert pool.num_free == pool.num_blocks
+    assert_nothing_held(tiny.model)

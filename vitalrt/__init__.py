@@ -4,7 +4,7 @@ Research use only, not for clinical decisions.
 """
 
 from vitalrt.api import Model, generate, load
-from vitalrt.engine.request import Answer, Request, Timings, Usage
+from vitalrt.engine.request import Answer, Request, Terms, Timings, Usage
 from vitalrt.errors import CapacityError, CheckpointError, InputError, VitalError
 from vitalrt.inputs.image import ReadOptions
 from vitalrt.inputs.prompt import Prompt
@@ -20,6 +20,7 @@ __all__ = [
     "Prompt",
     "ReadOptions",
     "Request",
+    "Terms",
     "Timings",
     "Usage",
     "VitalError",

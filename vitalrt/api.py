@@ -12,7 +12,7 @@ import torch
 
 from vitalrt.checkpoint import Checkpoint, Progress, choose_device, choose_dtype, load_weights
 from vitalrt.config import EngineConfig, read_json
-from vitalrt.engine.request import Answer, Decoding, Request, Usage
+from vitalrt.engine.request import Answer, Decoding, Request, Terms, Usage
 from vitalrt.engine.scheduler import Engine
 from vitalrt.engine.sequence import Sequence as Running
 from vitalrt.errors import VitalError
@@ -57,15 +57,16 @@ class Model:
         top_k: int = 0,
         seed: int | None = None,
         read: ReadOptions | None = None,
+        terms: Terms | None = None,
     ) -> Answer:
         """Answer one question after k latent steps (None: the checkpoint's default). Research use only.
 
         image: a path (PNG, JPEG, TIFF, DICOM, NIfTI), bytes, PIL image, numpy or torch array, a list of these for
         several images, or None.  read: which frame, slice or window to look at.  temperature 0 is greedy.
-        Raises VitalError.
+        terms: priority, time limit, whose cache.  Raises VitalError.
         """
-        read = read or ReadOptions()
-        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read)
+        read, terms = read or ReadOptions(), terms or Terms()
+        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read, terms)
         return self.generate_batch([request])[0]
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
@@ -73,7 +74,7 @@ class Model:
         _require_list("requests", requests, Request)
         decodings = [self._decoding(request) for request in requests]
         prompts = [self.prepare(request.image, request.question, request.read) for request in requests]
-        return self._answers(prompts, decodings, decode=True)
+        return self._answers(prompts, decodings, [request.terms for request in requests], decode=True)
 
     def stream(
         self,
@@ -86,16 +87,15 @@ class Model:
         top_k: int = 0,
         seed: int | None = None,
         read: ReadOptions | None = None,
+        terms: Terms | None = None,
     ) -> Iterator[str]:
         """Like generate, piece by piece; the pieces join to Answer.text, and none ends inside a character.
 
         Closing the iterator cancels the request and frees its cache at once.
         """
-        read = read or ReadOptions()
-        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read)
-        decoding = self._decoding(request)
-        prompt = self.prepare(image, question, read)
-        return self._pieces(prompt, decoding)
+        read, terms = read or ReadOptions(), terms or Terms()
+        decoding = self._decoding(Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed))
+        return self._pieces(self.prepare(image, question, read), decoding, terms)
 
     def prepare(self, image: Any, question: str, read: ReadOptions | None = None) -> Prompt:
         """Read, resize and tokenize: what run() takes."""
@@ -123,21 +123,24 @@ class Model:
         if len(steps) != len(prompts):
             raise VitalError(f"k: expected one int or {len(prompts)} of them, got {len(steps)}")
         decodings = [Decoding(n, max_new_tokens, temperature, top_p, top_k, seed, return_logits) for n in steps]
-        return self._answers(prompts, decodings, decode=has_tokenizer(self.checkpoint.directory))
+        terms = [Terms()] * len(prompts)
+        return self._answers(prompts, decodings, terms, decode=has_tokenizer(self.checkpoint.directory))
 
     def _decoding(self, request: Request) -> Decoding:
         k = self.checkpoint.vital.k if request.k is None else request.k
         return Decoding(k, request.max_new_tokens, request.temperature, request.top_p, request.top_k, request.seed)
 
-    def _answers(self, prompts: Sequence[Prompt], decodings: Sequence[Decoding], decode: bool) -> list[Answer]:
-        with self._running(prompts, decodings) as running:
+    def _answers(
+        self, prompts: Sequence[Prompt], decodings: Sequence[Decoding], terms: Sequence[Terms], decode: bool
+    ) -> list[Answer]:
+        with self._running(prompts, decodings, terms) as running:
             while not all(sequence.is_finished for sequence in running):
                 self.engine.advance()
         to_text = self.processor.decode if decode else _no_text
         return [self._answer(sequence, to_text) for sequence in running]
 
-    def _pieces(self, prompt: Prompt, decoding: Decoding) -> Iterator[str]:
-        with self._running([prompt], [decoding]) as [sequence]:
+    def _pieces(self, prompt: Prompt, decoding: Decoding, terms: Terms) -> Iterator[str]:
+        with self._running([prompt], [decoding], [terms]) as [sequence]:
             shown = 0
             is_last = False
             while not is_last:
@@ -150,12 +153,14 @@ class Model:
                     yield text
 
     @contextmanager
-    def _running(self, prompts: Sequence[Prompt], decodings: Sequence[Decoding]) -> Iterator[list[Running]]:
+    def _running(
+        self, prompts: Sequence[Prompt], decodings: Sequence[Decoding], terms: Sequence[Terms]
+    ) -> Iterator[list[Running]]:
         """Submit all or none; whatever has not finished on the way out is cancelled."""
         running: list[Running] = []
         try:
-            for prompt, decoding in zip(prompts, decodings, strict=True):
-                running.append(self.engine.submit(prompt, decoding))
+            for submission in zip(prompts, decodings, terms, strict=True):
+                running.append(self.engine.submit(*submission))
             yield running
             if any(sequence.finish_reason == "cancelled" for sequence in running):
                 raise RuntimeError("a step that this request shared with another thread's failed there")
@@ -174,7 +179,7 @@ class Model:
             latents=latents,
             usage=Usage(
                 prompt_tokens=sequence.prompt.num_tokens,
-                cached_tokens=0,
+                cached_tokens=sequence.cached_tokens,
                 latent_steps=len(sequence.latents),
                 completion_tokens=sequence.num_completion_tokens,
             ),
@@ -191,6 +196,7 @@ def load(
     *,
     cache_tokens: int | None = None,
     max_batch: int = 64,
+    prefix_cache: bool = True,
     progress: Progress | None = None,
 ) -> Model:
     """Load a Hugging Face Qwen3-VL directory or hub id, or a directory that `vitalrt export onnx` wrote.
@@ -198,9 +204,10 @@ def load(
     model: without one, the bundled phantom model.  adapter: a PEFT LoRA directory or hub id, merged while loading.
     dtype "auto": the checkpoint's on a GPU, float32 on the CPU, and an export's own.  cache_tokens: capacity of the KV
     cache (None: what 2 GiB hold, at most 32,768), taken once, now; an export takes what a batch needs, up to it.
+    prefix_cache: whether requests share what they begin with, images above all; an export has no such cache.
     Raises CheckpointError or CapacityError.
     """
-    engine = EngineConfig(cache_tokens=cache_tokens, max_batch=max_batch)
+    engine = EngineConfig(cache_tokens=cache_tokens, max_batch=max_batch, prefix_cache=prefix_cache)
     checkpoint = Checkpoint.open(model, adapter)
     if (checkpoint.directory / MANIFEST).is_file():
         return Model(checkpoint, open_engine(checkpoint, adapter, device, dtype, engine, stop_ids(checkpoint)))

@@ -102,7 +102,7 @@ def bench(arguments: argparse.Namespace) -> None:
             raise VitalError(f"--{name}: expected together with --model-cost")
     if arguments.rounds < 1:
         raise VitalError(f"--rounds: expected at least 1, got {arguments.rounds}")
-    model = _load(arguments)
+    model = _load(arguments, prefix_cache=False)  # no round may find what the one before has left
     ramp = np.tile(np.arange(128, dtype=np.uint8), (128, 1))  # what the picture shows does not matter to the clock
     image = ramp if arguments.image is None else arguments.image
     contenders = latency.contenders(model, image, arguments.question, every=WRITTEN_EVERY)
@@ -388,7 +388,7 @@ def _add_phantoms(verb: argparse.ArgumentParser, split: str, seed: int, count: i
     verb.add_argument("--count", type=int, default=count)
 
 
-def _load(arguments: argparse.Namespace) -> Model:
+def _load(arguments: argparse.Namespace, prefix_cache: bool = True) -> Model:
     """With a progress bar on a terminal, once loading takes long enough to wonder."""
     from rich.progress import Progress
 
@@ -401,6 +401,7 @@ def _load(arguments: argparse.Namespace) -> Model:
             arguments.model or BUNDLED,
             **where,
             cache_tokens=arguments.cache_tokens,
+            prefix_cache=prefix_cache,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 

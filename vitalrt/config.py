@@ -167,17 +167,26 @@ class EngineConfig:
     """Sizes fixed when an engine is built.
 
     cache_tokens: KV cache capacity in tokens, rounded up to whole pages; None takes what 2 GiB hold, at most 32,768.
-    page_size: tokens per page.  max_batch: sequences that run at the same time; more wait.
+    page_size: tokens per page.  max_batch: sequences that run at the same time; more wait, up to max_waiting (None:
+    any number).  prefill_tokens: of prompts, between two steps of the running batch; longer ones go in pieces.
+    prefix_cache: whether requests share the keys, values and image features of what they begin with.
+    vision_cache_bytes: what the features of past images may take.
     """
 
     cache_tokens: int | None = None
     page_size: int = 16
     max_batch: int = 64
+    max_waiting: int | None = None
+    prefill_tokens: int = 2048
+    prefix_cache: bool = True
+    vision_cache_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        for name in ("cache_tokens", "page_size", "max_batch"):
+        for name in ("cache_tokens", "page_size", "max_batch", "max_waiting", "prefill_tokens"):
             value = getattr(self, name)
-            if not (name == "cache_tokens" and value is None) and (not isinstance(value, int) or value < 1):
+            if not (name in ("cache_tokens", "max_waiting") and value is None) and (
+                not isinstance(value, int) or value < 1
+            ):
                 raise VitalError(f"{name}: expected a positive int, got {value!r}")
 
 

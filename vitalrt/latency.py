@@ -134,7 +134,8 @@ def contenders(model: Model, image: Any, question: str, every: int = 1) -> list[
     longest = max(thought.written_tokens for thought in WRITTEN) + answer_tokens
     cache_tokens = model.prepare(image, question).num_tokens + longest
     # Without end tokens an engine writes exactly as much as it is told to.
-    writer = Engine(model.weights, EngineConfig(cache_tokens=cache_tokens, max_batch=1), stop_ids=())
+    config = EngineConfig(cache_tokens=cache_tokens, max_batch=1, prefix_cache=False)
+    writer = Engine(model.weights, config, stop_ids=())
     found = [
         Contender(ENGINE, thought, partial(_ask, model, image, question, thought.latent_steps)) for thought in LATENT
     ]

@@ -7,12 +7,6 @@ import vitalrt
 from vitalrt.engine.request import Decoding
 
 
-def is_idle(model: vitalrt.Model) -> bool:
-    pool = model.engine.cache.pool
-    pool.check_integrity()
-    return pool.num_free == pool.num_blocks and not model.engine._batch.sequences and not model.engine._waiting
-
-
 def test_sizes(tiny) -> None:
     cache = tiny.load(cache_tokens=50).engine.cache
     assert cache.num_tokens == 64  # whole pages of 16
@@ -29,20 +23,16 @@ def test_a_run_appends_in_place_and_touches_nothing_else(tiny) -> None:
     cache.k.fill_(12.5)
     cache.v.fill_(-3.25)
     prompt = tiny.prompt(1, [(1, 2, 2)])
-    sequence = model.engine.submit(prompt, Decoding(k=3, max_new_tokens=4))
+    sequence = model.engine.submit(prompt, Decoding(k=3, max_new_tokens=24))
     written_before = set()
-    while not sequence.is_finished:
-        slots = sequence.slots
+    while sequence.num_tokens < sequence.capacity:
         model.engine.advance()
-        slots = sequence.slots if sequence.slots is not None else slots
         written = set((cache.k != 12.5).all(dim=(0, 2, 3)).nonzero().flatten().tolist())
         assert written >= written_before
-        assert written <= set(slots.tolist())
-        assert len(written) == sequence.num_tokens  # one slot per token, latent or not
+        assert written == set(sequence.slots[: sequence.num_tokens].tolist())  # one slot per token, latent or not
         assert len(written - written_before) == (1 if written_before else prompt.num_tokens + 1)
+        assert len(sequence.pages) == -(-sequence.num_tokens // 16)  # pages as they are needed
         written_before = written
-        if len(written) == sequence.capacity:
-            break
     model.engine.cancel(sequence)
     untouched = [slot for slot in range(cache.num_tokens) if slot not in written_before]
     assert bool((cache.k[:, untouched] == 12.5).all()) and bool((cache.v[:, untouched] == -3.25).all())
@@ -75,7 +65,7 @@ def test_what_lies_in_unused_slots_does_not_matter(tiny) -> None:
         torch.testing.assert_close(answer.latents, clean.latents, atol=1e-5, rtol=1e-5)
 
 
-def test_too_long_is_refused_before_any_work(tiny, monkeypatch) -> None:
+def test_too_long_is_refused_before_any_work(tiny, assert_nothing_held, monkeypatch) -> None:
     model = tiny.load(cache_tokens=32)
     fits = tiny.prompt(0, num_text=20)
     [answer] = model.run([fits], k=4, max_new_tokens=9)  # 20 + 4 + 9 - 1 = 32: the last token is never fed back
@@ -84,7 +74,7 @@ def test_too_long_is_refused_before_any_work(tiny, monkeypatch) -> None:
     for options in ({"k": 5, "max_new_tokens": 9}, {"k": 4, "max_new_tokens": 10}, {"k": 0, "max_new_tokens": 2**31}):
         with pytest.raises(vitalrt.CapacityError, match=r"^cache_tokens: the request needs .* the engine has 32"):
             model.run([tiny.prompt(1), fits], **options)
-        assert is_idle(model)
+        assert_nothing_held(model)
 
 
 class Interrupted(BaseException):
@@ -94,7 +84,7 @@ class Interrupted(BaseException):
 @pytest.mark.parametrize("error", [RuntimeError, Interrupted])
 @pytest.mark.parametrize("calls", range(8))
 @pytest.mark.parametrize("place", ["vitalrt.engine.scheduler.prefill", "vitalrt.engine.step.decode_attention"])
-def test_an_error_anywhere_frees_everything(tiny, monkeypatch, place, calls, error) -> None:
+def test_an_error_anywhere_frees_everything(tiny, assert_nothing_held, monkeypatch, place, calls, error) -> None:
     model = tiny.load(cache_tokens=128, max_batch=2)
     module, _, name = place.rpartition(".")
     original = getattr(__import__(module, fromlist=[name]), name)
@@ -113,12 +103,12 @@ def test_an_error_anywhere_frees_everything(tiny, monkeypatch, place, calls, err
         patch.setattr(place, failing)
         with pytest.raises(error, match="out of luck"):
             model.run(prompts, k=[0, 3] * 10, max_new_tokens=3)
-    assert is_idle(model)
+    assert_nothing_held(model)
     [after], [clean] = (m.run(prompts[:1], k=3, max_new_tokens=3) for m in (model, tiny.model))
     assert after.token_ids == clean.token_ids
 
 
-def test_half_a_step_cancels_everybody_in_it(tiny, monkeypatch) -> None:
+def test_half_a_step_cancels_everybody_in_it(tiny, assert_nothing_held, monkeypatch) -> None:
     """Others in the batch would go on from a cache and tokens that no longer agree."""
     model = tiny.load(cache_tokens=256)
     sequences = [model.engine.submit(tiny.prompt(seed), Decoding(k=seed, max_new_tokens=5)) for seed in range(3)]
@@ -131,11 +121,11 @@ def test_half_a_step_cancels_everybody_in_it(tiny, monkeypatch) -> None:
         with pytest.raises(TypeError):
             model.engine.advance()
     assert {sequence.finish_reason for sequence in sequences} == {"cancelled"}
-    assert is_idle(model)
+    assert_nothing_held(model)
 
 
 @pytest.mark.parametrize("num_steps", range(7))
-def test_cancelling_at_any_time(tiny, num_steps: int) -> None:
+def test_cancelling_at_any_time(tiny, assert_nothing_held, num_steps: int) -> None:
     model = tiny.load(cache_tokens=96, max_batch=2)
     prompts = [tiny.prompt(seed, [(1, 2, 2)]) for seed in range(4)]
     expected = tiny.model.run(prompts, k=2, max_new_tokens=3)
@@ -149,4 +139,4 @@ def test_cancelling_at_any_time(tiny, num_steps: int) -> None:
         model.engine.advance()
     for sequence, answer in list(zip(sequences, expected, strict=True))[1::2]:
         assert sequence.token_ids == answer.token_ids
-    assert is_idle(model)
+    assert_nothing_held(model)

@@ -12,9 +12,10 @@ from vitalrt.describe import describe_model
 from vitalrt.engine import cpu_decoder
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
+from vitalrt.engine.image_encoder import images_of
 from vitalrt.engine.request import Decoding
 from vitalrt.engine.sequence import Sequence
-from vitalrt.engine.step import RunningBatch, prefill
+from vitalrt.engine.step import Chunk, RunningBatch, prefill
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.rope import mrope_positions
 
@@ -25,8 +26,8 @@ def scatter(cache: PagedCache, sequences: list[Sequence], lengths: list[int], se
     """Give the sequences room for a few tokens more than lengths, in pages all over the cache."""
     free = random.Random(seed).sample(range(cache.pool.num_blocks), cache.pool.num_blocks)
     for sequence, length in zip(sequences, lengths, strict=True):
-        sequence.pages = [free.pop() for _ in range(cache.num_pages_for(length + 4))]
-        sequence.slots = cache.slots_of(sequence.pages)
+        pages = [free.pop() for _ in range(cache.num_pages_for(length + 4))]
+        sequence.place(pages, cache._slots_of(pages))
     return sequences
 
 
@@ -35,7 +36,8 @@ def scattered(model, cache: PagedCache, lengths: list[int], seed: int) -> list[S
     draw = random.Random(seed)
     sequences = []
     for length in lengths:
-        sequence = Sequence(model.prompt(0), torch.zeros(3, 1), length + draw.randrange(50), Decoding(k=0))
+        prompt = model.prompt(0)
+        sequence = Sequence(prompt, torch.zeros(3, 1), prompt.num_tokens + draw.randrange(50), Decoding(k=0))
         sequence.num_tokens = length
         sequences.append(sequence)
     return scatter(cache, sequences, lengths, seed)
@@ -47,7 +49,8 @@ def scattered_prompts(model, prompts: list[Prompt], seed: int) -> list[Sequence]
     sequences = []
     for prompt in prompts:
         positions = mrope_positions(prompt.input_ids, prompt.grids(), engine.model.config)
-        sequences.append(Sequence(prompt, *positions, Decoding(k=0)))
+        images = images_of(prompt, b"", engine.model.config.image_token_id)
+        sequences.append(Sequence(prompt, *positions, Decoding(k=0), images=images))
     return scatter(engine.cache, sequences, [prompt.num_tokens for prompt in prompts], seed)
 
 
@@ -114,7 +117,8 @@ def test_random_prompts(make_tiny, seed: int) -> None:
         sequences = scattered_prompts(tiny, prompts, seed)
         for numbers in (engine.cache.k, engine.cache.v):
             numbers.fill_(float("nan"))
-        hidden = prefill(engine.model, engine.cache, sequences, decoder)
+        chunks = [Chunk(sequence, sequence.num_known) for sequence in sequences]
+        hidden = prefill(engine.model, engine.cache, chunks, engine.encoder, decoder)
         assert [sequence.num_tokens for sequence in sequences] == [prompt.num_tokens for prompt in prompts]
         results.append((hidden, engine.cache.k.clone(), engine.cache.v.clone()))
     (ours, k, v), (expected, k_expected, v_expected) = results
@@ -145,12 +149,12 @@ def test_a_row_does_not_depend_on_the_others(make_tiny, seed: int) -> None:
 @torch.inference_mode()
 def test_far_positions(tiny) -> None:
     """Angles of thousands of turns are where a sloppy cosine shows."""
-    engine = tiny.model.engine
+    engine = tiny.load().engine
     results = []
     for step in (engine.cpu_decoder, None):
         [sequence] = sequences = scattered(tiny, engine.cache, [20], seed=0)
         fill(engine.cache, sequences, seed=0)
-        sequence.position = 262_143
+        sequence.next_position += 262_143 - sequence.position
         batch = RunningBatch(sequences, torch.randn(1, 48, generator=torch.manual_seed(0)))
         batch.step(engine.model, engine.cache, batch.hidden, step)
         results.append(batch.hidden)
@@ -175,7 +179,7 @@ def test_whole_answers(make_tiny, monkeypatch, seed: int) -> None:
 @torch.inference_mode()
 def test_numbers_that_are_not_finite_pass_through(tiny) -> None:
     """A broken sequence shows as NaN, in its own row alone."""
-    engine = tiny.model.engine
+    engine = tiny.load().engine
     sequences = scattered(tiny, engine.cache, [9, 9, 9], seed=1)
     fill(engine.cache, sequences, seed=1)
     inputs = torch.randn(3, 48)
@@ -188,7 +192,7 @@ def test_numbers_that_are_not_finite_pass_through(tiny) -> None:
 
 @torch.inference_mode()
 def test_slots_outside_the_cache_are_refused(tiny) -> None:
-    engine = tiny.model.engine
+    engine = tiny.load().engine
     sequences = scattered(tiny, engine.cache, [9, 9], seed=2)
     batch = RunningBatch(sequences, torch.randn(2, 48))
     before = engine.cache.k.clone()

@@ -43,8 +43,30 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """On what terms a request waits and runs, whatever its answer.
+
+    priority: lower goes first, and takes its place from who has less of it if need be.  timeout_s: from when it was
+    submitted; an answer that is not whole by then ends with what there is, finish_reason "timeout"; of equal priority,
+    who must be done earlier goes first.  cache_salt: requests share cached prefixes and images only with the same salt
+    (one tenant's).  Raises VitalError on values out of range.
+    """
+
+    priority: int = 0
+    timeout_s: float | None = None
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("priority", self.priority, -(2**31), 2**31 - 1)
+        if self.timeout_s is not None:
+            _check_number("timeout_s", self.timeout_s, 0.0, 1e9)
+        if self.cache_salt is not None and not isinstance(self.cache_salt, str):
+            raise VitalError(f"cache_salt: expected text or None, got {type(self.cache_salt).__name__}")
+
+
+@dataclass(frozen=True)
 class Request:
-    """One question about one image (or a list of images, or None); see Model.generate for the arguments."""
+    """One question about one image (or a list of images, or None); see Model.generate and Terms for the arguments."""
 
     image: Any
     question: str
@@ -55,11 +77,15 @@ class Request:
     top_k: int = 0
     seed: int | None = None
     read: ReadOptions = field(default_factory=ReadOptions)
+    terms: Terms = field(default_factory=Terms)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one request. completion_tokens counts the end token where the model wrote one."""
+    """Tokens of one request. completion_tokens counts the end token where the model wrote one.
+
+    cached_tokens: of the prompt's, those whose keys and values another request had left in the cache.
+    """
 
     prompt_tokens: int
     cached_tokens: int

@@ -2,32 +2,56 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
 import torch
 
 from vitalrt.config import EngineConfig
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
-from vitalrt.engine.request import Decoding
+from vitalrt.engine.image_encoder import ImageEncoder, images_of
+from vitalrt.engine.prefix_cache import PrefixKey, namespace_digest
+from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.sampling import choose_tokens
-from vitalrt.engine.sequence import Sequence
-from vitalrt.engine.step import RunningBatch, prefill
+from vitalrt.engine.sequence import Rank, Sequence
+from vitalrt.engine.step import Chunk, RunningBatch, prefill
+from vitalrt.engine.waiting import WaitingLine
 from vitalrt.errors import InputError
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model.rope import mrope_positions
 
-PREFILL_TOKENS = 4096  # prompts packed into one prefill pass, unless a single one is longer
+
+@dataclass(frozen=True)
+class EngineStatistics:
+    """Now: num_waiting, num_running (prefilling ones included), and pages, of which sequences hold pages_used and
+    others are kept for whoever begins alike (pages_kept).
+
+    Since the engine was built: num_preemptions; prompt_tokens of all requests that were admitted, and cached_tokens of
+    these, which others had left; images_encoded by the vision tower, and images_found in the cache of features.
+    """
+
+    num_waiting: int
+    num_running: int
+    pages: int
+    pages_used: int
+    pages_kept: int
+    num_preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    images_encoded: int
+    images_found: int
 
 
 class Engine:
     """Owns the cache and the running batch. Sequences of any k, phase and length share each step.
 
-    submit() and cancel() may be called from any thread; advance() does one step for everybody. A sequence reserves all
-    the cache it can ever need when it is admitted, so that nothing can run out of room half way.
+    submit() and cancel() may be called from any thread; advance() does one step for everybody. A sequence takes pages
+    as it grows. Where there are none left, the one that came last of those with least priority gives up its own and
+    waits again; its thoughts and tokens stay, and it is fed them anew when there is room.
     """
 
     def __init__(self, model: Qwen3VL, config: EngineConfig, stop_ids: Collection[int]) -> None:
@@ -36,23 +60,33 @@ class Engine:
         self.stop_ids = frozenset(stop_ids)
         weight = model.decoder.embed.weight
         self.cache = PagedCache(model.config.decoder, config, weight.device, weight.dtype)
+        self.encoder = ImageEncoder(model.vision, config.vision_cache_bytes if config.prefix_cache else 0)
         runs_in_core = why_not_cpu_decoder(model.decoder) is None
         self.cpu_decoder = CpuDecoder(model.decoder, self.cache) if runs_in_core else None
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine(config.max_waiting)
+        self._prefilling: list[Sequence] = []
         self._nobody = RunningBatch([], weight.new_empty(0, model.config.decoder.hidden_size))
         self._batch = self._nobody
+        self._num_preemptions = self._prompt_tokens = self._cached_tokens = 0
         self._lock = threading.RLock()
 
-    def submit(self, prompt: Prompt, decoding: Decoding) -> Sequence:
+    def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done."""
-        positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), self.model.config)
-        patch_dim = self.model.config.vision.patch_dim
+        terms = terms or Terms()
+        config = self.model.config
+        positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), config)
+        patch_dim = config.vision.patch_dim
         if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_dim:
             raise InputError(f"pixel_values: expected [patches, {patch_dim}], got {list(prompt.pixel_values.shape)}")
-        sequence = Sequence(prompt, positions, next_position, decoding)
+        namespace = _namespace(terms.cache_salt)
+        images = images_of(prompt, namespace, config.image_token_id)
+        key = None
+        if self.config.prefix_cache:
+            key = PrefixKey.of_prompt(namespace, prompt, config).then_latents(decoding.k)
+        sequence = Sequence(prompt, positions, next_position, decoding, terms, key, images)
         self.cache.require_room(sequence.capacity)
         with self._lock:
-            self._waiting.append(sequence)
+            self._waiting.join(sequence)
         return sequence
 
     @torch.inference_mode()
@@ -62,59 +96,137 @@ class Engine:
         Whatever it raises, the sequences that were in the failing pass are cancelled and their pages are free.
         """
         with self._lock:
-            self._admit()
+            self._expire()
+            self._admit_and_prefill()
             if not self._batch.sequences:
                 return
             try:
                 self._answer()
                 self._retire()
+                self._make_room()
                 if self._batch.sequences:
                     self._step()
             except BaseException:
                 # Half a step leaves tokens and cache at odds: nobody in the batch can go on.
                 for sequence in self._batch.sequences:
                     sequence.finish("cancelled")
-                self._retire()
+                self.cache.give_back(self._batch.sequences)
+                self._batch = self._nobody
                 raise
 
     def cancel(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages at once. Does nothing if it has finished."""
         with self._lock:
-            if sequence.is_finished:
+            if not sequence.is_finished:
+                self._end(sequence, "cancelled")
+
+    def statistics(self) -> EngineStatistics:
+        with self._lock:
+            kept = self.cache.prefixes.statistics().pages_idle
+            return EngineStatistics(
+                num_waiting=len(self._waiting),
+                num_running=len(self._prefilling) + len(self._batch.sequences),
+                pages=self.cache.pool.num_blocks,
+                pages_used=self.cache.pool.num_blocks - self.cache.pool.num_free - kept,
+                pages_kept=kept,
+                num_preemptions=self._num_preemptions,
+                prompt_tokens=self._prompt_tokens,
+                cached_tokens=self._cached_tokens,
+                images_encoded=self.encoder.num_encoded,
+                images_found=self.encoder.cache.statistics().hits,
+            )
+
+    def _expire(self) -> None:
+        for sequence in (*self._waiting, *self._prefilling, *self._batch.sequences):
+            if sequence.is_overdue:
+                self._end(sequence, "timeout")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        """Finish a sequence before its time, wherever it is."""
+        sequence.finish(reason)
+        if sequence in self._waiting:
+            self._waiting.leave(sequence)
+        elif sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+            self.cache.give_back([sequence])
+        else:
+            self._retire()
+
+    def _admit_and_prefill(self) -> None:
+        """Up to prefill_tokens of prompts, so that those who are running do not wait longer than that."""
+        budget = self.config.prefill_tokens
+        while budget > 0:
+            self._admit()
+            chunks: list[Chunk] = []
+            for sequence in self._prefilling:
+                if budget > 0:
+                    chunks.append(Chunk(sequence, min(sequence.num_known - sequence.num_tokens, budget)))
+                    budget -= chunks[-1].count
+            if not chunks:
                 return
-            sequence.finish("cancelled")
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
-            else:
-                self._retire()
+            self._prefill(chunks)
 
     def _admit(self) -> None:
-        admitted: list[Sequence] = []
-        num_tokens = 0
-        while self._waiting and len(self._batch.sequences) + len(admitted) < self.config.max_batch:
-            sequence = self._waiting[0]
-            if admitted and num_tokens + sequence.prompt.num_tokens > PREFILL_TOKENS:
-                break
-            pages = self.cache.take(sequence.capacity)
-            if pages is None:
-                break
-            self._waiting.popleft()
-            sequence.pages, sequence.slots = pages, self.cache.slots_of(pages)
-            sequence.mark_prefilling()
-            num_tokens += sequence.prompt.num_tokens
-            admitted.append(sequence)
-        if not admitted:
-            return
+        """Let in who is next, while there are places in the batch and pages."""
+        for sequence in self._waiting:
+            if not self._make_place(sequence):
+                return
+            # What another one is computing this moment will soon be in the cache. Those behind may go first.
+            if any(self._computes_for(other, sequence) for other in self._prefilling):
+                continue
+            if not self._give_pages(sequence):
+                return
+            self._waiting.leave(sequence)
+            self._prefilling.append(sequence)
+            sequence.mark("prefill")
+
+    def _make_place(self, sequence: Sequence) -> bool:
+        running = [*self._prefilling, *self._batch.sequences]
+        return len(running) < self.config.max_batch or self._preempt_for(sequence, running)
+
+    def _computes_for(self, other: Sequence, sequence: Sequence) -> bool:
+        """Whether the other's prefill has yet to fill a page that both begin with."""
+        if other.key is None or sequence.key is None:
+            return False
+        page_size = self.cache.page_size
+        num_shared = min(other.key.num_shared(sequence.key), other.num_known, sequence.num_known - 1)
+        return num_shared // page_size > other.num_tokens // page_size
+
+    def _give_pages(self, sequence: Sequence) -> bool:
+        """Pages for what is known of a sequence and one step more: those that are in the cache, and new ones."""
+        self.cache.find(sequence)
+        num_needed = self.cache.num_pages_for(min(sequence.num_known + 1, sequence.capacity)) - len(sequence.pages)
+        # One page for each that runs: soon enough they all grow, and would take these back.
+        while num_needed + len(self._batch.sequences) > self.cache.num_available_pages:
+            if not self._preempt_for(sequence, [*self._prefilling, *self._batch.sequences]):
+                self.cache.give_back([sequence])
+                return False
+        self.cache.take(sequence, num_needed)
+        if not sequence.num_preemptions:
+            sequence.cached_tokens = min(sequence.num_tokens, sequence.prompt.num_tokens)
+            self._prompt_tokens += sequence.prompt.num_tokens
+            self._cached_tokens += sequence.cached_tokens
+        return True
+
+    def _prefill(self, chunks: list[Chunk]) -> None:
+        sequences = [chunk.sequence for chunk in chunks]
         try:
-            hidden = prefill(self.model, self.cache, admitted, self.cpu_decoder)
+            hidden = prefill(self.model, self.cache, chunks, self.encoder, self.cpu_decoder)
         except BaseException:
-            for sequence in admitted:
-                sequence.finish("cancelled")
-                self.cache.give_back(sequence.pages)
+            for sequence in sequences:
+                self._end(sequence, "cancelled")
             raise
-        for sequence in admitted:
-            sequence.mark_thinking()
-        self._batch = self._batch.join(admitted, hidden)
+        done = [row for row, sequence in enumerate(sequences) if sequence.num_tokens == sequence.num_known]
+        for row in done:
+            sequence = sequences[row]
+            hidden[row] = sequence.take_in(hidden[row].clone())
+            self._prefilling.remove(sequence)
+            sequence.mark("latent" if sequence.is_thinking else "decode")
+            for image in sequence.images:
+                image.features = None
+        self.cache.keep(sequences, [sequence.num_tokens for sequence in sequences])
+        if done:
+            self._batch = self._batch.join([sequences[row] for row in done], hidden[done])
 
     def _answer(self) -> None:
         """Choose the next token of every sequence that has done its thinking; the first one comes from z_K."""
@@ -137,14 +249,45 @@ class Engine:
                 sequence.finish("length")
 
     def _retire(self) -> None:
-        """Drop finished sequences from the batch and free their pages."""
+        """Drop finished sequences from the batch and give back their pages; thoughts stay in the cache, answers not."""
         finished = [sequence for sequence in self._batch.sequences if sequence.is_finished]
-        for sequence in finished:
-            self.cache.give_back(sequence.pages)
-            sequence.pages, sequence.slots = [], None
-        if finished:
-            rows = [row for row, sequence in enumerate(self._batch.sequences) if not sequence.is_finished]
+        if not finished:
+            return
+        thought = [sequence.prompt.num_tokens + sequence.decoding.k for sequence in finished]
+        self.cache.keep(finished, [min(s.num_tokens, count) for s, count in zip(finished, thought, strict=True)])
+        self.cache.give_back(finished)
+        rows = [row for row, sequence in enumerate(self._batch.sequences) if not sequence.is_finished]
+        self._batch = self._batch.keep(rows) if rows else self._nobody
+
+    def _make_room(self) -> None:
+        """A page more for who has filled all of its own, first come first served."""
+        growing = [sequence for sequence in self._batch.sequences if sequence.num_tokens == len(sequence.slots)]
+        for sequence in sorted(growing, key=_rank_of):
+            while sequence.pages and not self.cache.take(sequence, 1):
+                self._preempt(max([*self._prefilling, *self._batch.sequences], key=_rank_of))
+        if growing:
+            self._batch = self._batch.refresh()
+
+    def _preempt_for(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        """Make room for one that waits, if anybody who runs has less priority. Who came later does not count."""
+        worst = max(running, key=_rank_of, default=None)
+        if worst is None or worst.rank.priority <= sequence.rank.priority:
+            return False
+        self._preempt(worst)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the line, with all its thoughts and tokens; what it was fed may stay in the cache for a while."""
+        self._num_preemptions += 1
+        sequence.num_preemptions += 1
+        self.cache.keep([sequence], [sequence.num_tokens])
+        self.cache.give_back([sequence])
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        else:
+            rows = [row for row, other in enumerate(self._batch.sequences) if other is not sequence]
             self._batch = self._batch.keep(rows) if rows else self._nobody
+        self._waiting.rejoin(sequence)
 
     def _step(self) -> None:
         batch = self._batch
@@ -160,6 +303,16 @@ class Engine:
         batch.step(self.model, self.cache, inputs, self.cpu_decoder)
         for row, sequence in enumerate(batch.sequences):
             if thinking[row]:
-                sequence.latents.append(batch.hidden[row])
+                sequence.take_in(batch.hidden[row])
                 if not sequence.is_thinking:
-                    sequence.mark_answering()
+                    sequence.mark("decode")
+
+
+def _rank_of(sequence: Sequence) -> Rank:
+    return sequence.rank
+
+
+@functools.lru_cache(maxsize=1024)
+def _namespace(cache_salt: str | None) -> bytes:
+    """An engine has one model, so the salt alone tells namespaces apart."""
+    return namespace_digest("", None, cache_salt)

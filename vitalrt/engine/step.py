@@ -1,70 +1,160 @@
-"""The two forward passes of a request: prefill of whole prompts, and one step of a running batch.
+"""The two forward passes of a request: prefill of what is known of it, and one step of a running batch.
 
-T packed tokens, B sequences, L longest context, d width, H query heads, G key/value heads, D head dim.
+T new tokens (of all sequences), B sequences, L longest context, V visual tokens, d width, H query heads, G key/value
+heads, D head dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import MAX_BATCH, CpuDecoder
-from vitalrt.engine.sequence import Sequence
+from vitalrt.engine.image_encoder import ImageEncoder
+from vitalrt.engine.sequence import Image, Sequence
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import decode_attention, kv_append
 
 
-def prefill(
-    model: Qwen3VL, cache: PagedCache, sequences: Many[Sequence], cpu_decoder: CpuDecoder | None = None
-) -> torch.Tensor:
-    """Run whole prompts, packed without padding, and fill their part of the cache.
+@dataclass(frozen=True)
+class Chunk:
+    """The next `count` inputs of a sequence, all of them known."""
 
-    cpu_decoder: takes the torch decoder's place while the prompts are short.
-    Returns z_0 of each: [B, d], the last token's hidden state after the final norm (VITAL section 3.1).
+    sequence: Sequence
+    count: int
+
+    @property
+    def start(self) -> int:
+        return self.sequence.num_tokens
+
+    @property
+    def stop(self) -> int:
+        return self.sequence.num_tokens + self.count
+
+    @property
+    def images(self) -> list[Image]:
+        """Those of the prompt that have tokens among these inputs."""
+        return [image for image in self.sequence.images if image.start < self.stop and image.stop > self.start]
+
+
+class Inputs(NamedTuple):
+    """embeddings: [T, d], visual tokens and latents in their places.  positions: [3, T] int64.
+
+    image_rows: [V] int64, None without visual tokens.  deepstack: [V, d] each.
+    """
+
+    embeddings: torch.Tensor
+    positions: torch.Tensor
+    image_rows: torch.Tensor | None
+    deepstack: list[torch.Tensor]
+
+
+def prefill(
+    model: Qwen3VL,
+    cache: PagedCache,
+    chunks: Many[Chunk],
+    encoder: ImageEncoder,
+    cpu_decoder: CpuDecoder | None = None,
+) -> torch.Tensor:
+    """Feed each chunk to its sequence, packed without padding, and append its keys and values to the cache.
+
+    cpu_decoder: takes the torch decoder's place while the chunks are short.
+    Returns [B, d]: the hidden state of each chunk's last token after the final norm. At the end of a prompt that is z_0
+    (VITAL section 3.1).
     """
     device = cache.k.device
-    lengths = [sequence.prompt.num_tokens for sequence in sequences]
-    ids = torch.cat([sequence.prompt.input_ids for sequence in sequences])
-    positions = torch.cat([sequence.positions for sequence in sequences], dim=1).to(device)
-    x = model.decoder.embed(ids.to(device))
-    image_rows, deepstack = None, []
-    pixels = [s.prompt.pixel_values for s in sequences if s.prompt.pixel_values is not None]
-    if pixels:
-        grids = [grid for sequence in sequences for grid in sequence.prompt.grids()]
-        tokens, deepstack = model.vision(torch.cat(pixels).to(device), grids)
-        image_rows = (ids == model.config.image_token_id).nonzero().flatten().to(device)
-        x = x.index_copy(0, image_rows, tokens.to(x.dtype))
-    if cpu_decoder is not None and len(x) <= cpu_decoder.max_prompt_tokens:
-        counts = torch.tensor(lengths)
-        done = torch.zeros_like(counts)
-        hidden = cpu_decoder(x, _slot_rows(sequences, device), done, counts, positions, image_rows, deepstack)
+    inputs = _inputs(model, chunks, encoder, device)
+    counts = [chunk.count for chunk in chunks]
+    if cpu_decoder is not None and sum(counts) <= cpu_decoder.max_prompt_tokens:
+        done = torch.tensor([chunk.start for chunk in chunks])
+        rows = _slot_rows([chunk.sequence for chunk in chunks], device)
+        hidden = cpu_decoder(
+            inputs.embeddings,
+            rows,
+            done,
+            torch.tensor(counts),
+            inputs.positions,
+            inputs.image_rows,
+            inputs.deepstack,
+        )
     else:
-        slots = torch.cat([_slots(sequence)[:length] for sequence, length in zip(sequences, lengths, strict=True)])
-        attend = PrefillAttention(cache, slots, lengths)
-        last = torch.tensor(lengths, device=device).cumsum(0) - 1
-        hidden = model.decoder.norm(model.decoder(x, positions, attend, image_rows, deepstack, rows=last))
-    for sequence, length in zip(sequences, lengths, strict=True):
-        sequence.num_tokens = length
+        attend = PrefillAttention(cache, chunks)
+        last = torch.tensor(counts, device=device).cumsum(0) - 1
+        out = model.decoder(inputs.embeddings, inputs.positions, attend, inputs.image_rows, inputs.deepstack, rows=last)
+        hidden = model.decoder.norm(out)
+    for chunk in chunks:
+        chunk.sequence.num_tokens += chunk.count
     return hidden
 
 
-class PrefillAttention:
-    """Causal attention within each packed prompt; its keys and values go to the cache as well."""
+def _inputs(model: Qwen3VL, chunks: Many[Chunk], encoder: ImageEncoder, device: torch.device) -> Inputs:
+    ids = torch.cat([chunk.sequence.token_range(chunk.start, chunk.stop) for chunk in chunks])
+    positions = torch.cat([chunk.sequence.position_range(chunk.start, chunk.stop) for chunk in chunks], dim=1)
+    x = model.decoder.embed(ids.to(device))
+    thought_rows: list[int] = []
+    thoughts: list[torch.Tensor] = []
+    image_rows: list[torch.Tensor] = []
+    levels: list[tuple[torch.Tensor, ...]] = []  # the visual tokens, then deepstack's features of the same
+    encoder.encode([image for chunk in chunks for image in chunk.images])
+    offset = 0  # of a sequence's first input among the rows of x
+    for chunk in chunks:
+        offset -= chunk.start
+        for image in chunk.images:
+            assert image.features is not None
+            first, last = max(image.start, chunk.start), min(image.stop, chunk.stop)
+            image_rows.append(torch.arange(offset + first, offset + last))
+            own = slice(first - image.start, last - image.start)
+            levels.append(tuple(level[own] for level in (image.features.tokens, *image.features.deepstack)))
+        length = chunk.sequence.prompt.num_tokens
+        for index in range(max(chunk.start, length), min(chunk.stop, length + chunk.sequence.decoding.k)):
+            thought_rows.append(offset + index)
+            thoughts.append(chunk.sequence.thoughts[index - length])
+        offset += chunk.stop
+    if thoughts:
+        x = x.index_copy(0, torch.tensor(thought_rows, device=device), torch.stack(thoughts).to(x.dtype))
+    if not image_rows:
+        return Inputs(x, positions.to(device), None, [])
+    tokens, *deepstack = (torch.cat(level) for level in zip(*levels, strict=True))
+    rows = torch.cat(image_rows).to(device)
+    return Inputs(x.index_copy(0, rows, tokens.to(x.dtype)), positions.to(device), rows, deepstack)
 
-    def __init__(self, cache: PagedCache, slots: torch.Tensor, lengths: list[int]) -> None:
-        self.cache, self.slots, self.lengths = cache, slots, lengths
+
+class PrefillAttention:
+    """Causal attention of each chunk to what its sequence holds; its keys and values go to the cache as well."""
+
+    def __init__(self, cache: PagedCache, chunks: Many[Chunk]) -> None:
+        self.cache, self.chunks = cache, chunks
+        self.slots = torch.cat([chunk.sequence.slots[chunk.start : chunk.stop] for chunk in chunks])
+        device = cache.k.device
+        # Who begins with this chunk needs no mask but "causal"; the others see all before it as well.
+        self.masks = [
+            torch.ones(chunk.count, chunk.stop, dtype=torch.bool, device=device).tril(chunk.start)
+            if chunk.start
+            else None
+            for chunk in chunks
+        ]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        kv_append(self.cache.k[layer], self.cache.v[layer], k, v, self.slots)
-        heads_first = [tensor.transpose(0, 1)[None].split(self.lengths, dim=2) for tensor in (q, k, v)]
-        pieces = [
-            scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            for q, k, v in zip(*heads_first, strict=True)
-        ]
-        return torch.cat(pieces, dim=2)[0].transpose(0, 1)
+        keys, values = self.cache.k[layer], self.cache.v[layer]
+        kv_append(keys, values, k, v, self.slots)
+        counts = [chunk.count for chunk in self.chunks]
+        attended = []
+        for chunk, mask, own_q, own_k, own_v in zip(
+            self.chunks, self.masks, q.split(counts), k.split(counts), v.split(counts), strict=True
+        ):
+            if mask is not None:
+                held = chunk.sequence.slots[: chunk.stop]
+                own_k, own_v = keys[held], values[held]
+            own_q, own_k, own_v = (tensor.transpose(0, 1)[None] for tensor in (own_q, own_k, own_v))
+            attended.append(
+                scaled_dot_product_attention(own_q, own_k, own_v, mask, is_causal=mask is None, enable_gqa=True)
+            )
+        return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 
 class RunningBatch:
@@ -84,6 +174,10 @@ class RunningBatch:
         self._one_each = torch.ones_like(self.lengths)
         self._columns = torch.arange(self.slots.shape[1], device=device)
         self._single_run = len(sequences) == 1 and _is_run(sequences[0].pages)
+
+    def refresh(self) -> RunningBatch:
+        """The same after sequences were given more pages."""
+        return RunningBatch(self.sequences, self.hidden)
 
     def join(self, sequences: list[Sequence], hidden: torch.Tensor) -> RunningBatch:
         return RunningBatch(self.sequences + sequences, torch.cat((self.hidden, hidden)))
@@ -107,7 +201,6 @@ class RunningBatch:
         self.positions += 1
         for sequence in self.sequences:
             sequence.num_tokens += 1
-            sequence.position += 1
 
     def _step_in_torch(self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor) -> torch.Tensor:
         new_slots = self.slots.gather(1, self.lengths[:, None]).flatten()
@@ -130,20 +223,14 @@ class RunningBatch:
         return model.decoder.norm(model.decoder(inputs, self.positions[None], attend))
 
 
-def _slots(sequence: Sequence) -> torch.Tensor:
-    if sequence.slots is None:
-        raise RuntimeError("sequence holds no cache slots")
-    return sequence.slots
-
-
 def _slot_rows(sequences: Many[Sequence], device: torch.device) -> torch.Tensor:
     """[B, L] int64: the slots of each sequence, zeros after the end of the shorter ones. A lone one's are a view."""
     if len(sequences) == 1:
-        return _slots(sequences[0])[None]
-    longest = max((len(_slots(sequence)) for sequence in sequences), default=0)
+        return sequences[0].slots[None]
+    longest = max((len(sequence.slots) for sequence in sequences), default=0)
     rows = torch.zeros(len(sequences), longest, dtype=torch.int64, device=device)
     for row, sequence in zip(rows, sequences, strict=True):
-        row[: len(_slots(sequence))] = _slots(sequence)
+        row[: len(sequence.slots)] = sequence.slots
     return rows
 
 

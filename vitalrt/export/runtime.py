@@ -6,7 +6,6 @@ B rows of the batch, T longest prompt, S cache capacity, K latent steps, d width
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Collection
 
 import numpy as np
@@ -15,9 +14,10 @@ import torch
 from vitalrt.checkpoint import Checkpoint
 from vitalrt.config import EngineConfig
 from vitalrt.engine.cache import DEFAULT_BYTES, DEFAULT_MAX_TOKENS
-from vitalrt.engine.request import Decoding
+from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Sequence
+from vitalrt.engine.waiting import WaitingLine
 from vitalrt.errors import CapacityError, CheckpointError, InputError
 from vitalrt.export.sessions import Cache, Sessions
 from vitalrt.inputs.prompt import Prompt
@@ -62,32 +62,33 @@ class OnnxEngine:
         self.bytes_per_token = values * (4 if sessions.manifest["dtype"] == "fp32" else 2)
         most = min(DEFAULT_BYTES // self.bytes_per_token, DEFAULT_MAX_TOKENS)
         self.cache_tokens = config.cache_tokens or most
-        self._waiting: deque[Sequence] = deque()
+        self._waiting = WaitingLine(config.max_waiting)
         self._rows: list[Sequence] = []
         self._cache = Cache({})
         self._logits = np.empty((0, 0), np.float32)
         self._lock = threading.RLock()
 
-    def submit(self, prompt: Prompt, decoding: Decoding) -> Sequence:
+    def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done."""
         config = self.sessions.config
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), config)
         patch_dim = config.vision.patch_dim
         if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_dim:
             raise InputError(f"pixel_values: expected [patches, {patch_dim}], got {list(prompt.pixel_values.shape)}")
-        sequence = Sequence(prompt, positions, next_position, decoding)
+        sequence = Sequence(prompt, positions, next_position, decoding, terms)
         if sequence.capacity >= self.cache_tokens:
             raise CapacityError(
                 f"cache_tokens: the request needs {sequence.capacity + 1} tokens of KV cache, the engine has "
                 f"{self.cache_tokens}; shorten it or load with a larger cache_tokens"
             )
         with self._lock:
-            self._waiting.append(sequence)
+            self._waiting.join(sequence)
         return sequence
 
     def advance(self) -> None:
         """Start the next batch where none is running, then give every running sequence one answer token."""
         with self._lock:
+            self._expire()
             try:
                 if not self._rows:
                     self._rows = self._admit()
@@ -110,19 +111,28 @@ class OnnxEngine:
         with self._lock:
             if sequence.is_finished:
                 return
-            sequence.finish("cancelled")
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
+            self._end(sequence, "cancelled")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish(reason)
+        if sequence in self._waiting:
+            self._waiting.leave(sequence)
+
+    def _expire(self) -> None:
+        for sequence in (*self._waiting, *self._rows):
+            if sequence.is_overdue and not sequence.is_finished:
+                self._end(sequence, "timeout")
 
     def _admit(self) -> list[Sequence]:
         """As many waiting sequences as fit, all with room for the longest of them and one slot to spare."""
         rows: list[Sequence] = []
         longest = 0
-        while self._waiting and len(rows) < self.config.max_batch:
-            longest = max(longest, self._waiting[0].capacity + 1)
-            if rows and longest * (len(rows) + 1) > self.cache_tokens:
+        for sequence in self._waiting:
+            longest = max(longest, sequence.capacity + 1)
+            if len(rows) == self.config.max_batch or (rows and longest * (len(rows) + 1) > self.cache_tokens):
                 break
-            rows.append(self._waiting.popleft())
+            self._waiting.leave(sequence)
+            rows.append(sequence)
         return rows
 
     def _prefill(self) -> np.ndarray:
@@ -132,7 +142,7 @@ class OnnxEngine:
         ids = np.zeros((len(prompts), longest), np.int64)
         positions = np.zeros((3, len(prompts), longest), np.int64)
         for row, sequence in enumerate(self._rows):
-            sequence.mark_prefilling()
+            sequence.mark("prefill")
             sequence.num_tokens = sequence.prompt.num_tokens
             ids[row, : sequence.num_tokens] = sequence.prompt.input_ids.numpy()
             positions[:, row, : sequence.num_tokens] = sequence.positions.numpy()
@@ -140,7 +150,7 @@ class OnnxEngine:
         capacity = max(sequence.capacity for sequence in self._rows) + 1
         hidden, self._cache = self.sessions.prefill(ids, positions, self._lengths(), features, deepstack, capacity)
         for sequence in self._rows:
-            sequence.mark_thinking()
+            sequence.mark("latent")
         return hidden
 
     def _see(self, prompts: list[Prompt]) -> tuple[np.ndarray, np.ndarray]:
@@ -160,6 +170,7 @@ class OnnxEngine:
 
     def _think(self, hidden: np.ndarray) -> None:
         """All latent steps of all rows, and the logits that the first answer tokens come from."""
+        first = hidden
         steps = np.array([sequence.decoding.k for sequence in self._rows], np.int64)
         if self.fused:
             latents, self._logits = self.sessions.latent_loop(
@@ -174,10 +185,9 @@ class OnnxEngine:
                 hidden = np.where((step < steps)[:, None], latents[step], hidden)
             self._logits = self.sessions.head(hidden)
         for row, sequence in enumerate(self._rows):
-            sequence.latents = list(torch.from_numpy(latents[: steps[row], row].copy()))
+            sequence.thoughts = list(torch.from_numpy(np.stack((first[row], *latents[: steps[row], row]))))
             sequence.num_tokens += int(steps[row])
-            sequence.position += int(steps[row])
-            sequence.mark_answering()
+            sequence.mark("decode")
 
     def _answer(self) -> None:
         running = [row for row, sequence in enumerate(self._rows) if not sequence.is_finished]
@@ -206,7 +216,6 @@ class OnnxEngine:
         for sequence in self._rows:
             if not sequence.is_finished:
                 sequence.num_tokens += 1
-                sequence.position += 1
 
     def _lengths(self) -> np.ndarray:
         return np.array([sequence.num_tokens for sequence in self._rows], np.int64)

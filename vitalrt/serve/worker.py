@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vitalrt.engine.request import Decoding, Timings, Usage
+from vitalrt.engine.request import Decoding, Terms, Timings, Usage
 from vitalrt.engine.scheduler import Engine
 from vitalrt.engine.sequence import Sequence as Running
 from vitalrt.errors import VitalError
@@ -104,7 +104,7 @@ class _Choice:
             has_started=self.has_started,
             usage=Usage(
                 prompt_tokens=sequence.prompt.num_tokens,
-                cached_tokens=0,
+                cached_tokens=sequence.cached_tokens,
                 latent_steps=len(sequence.latents),
                 completion_tokens=sequence.num_completion_tokens,
             ),
@@ -183,8 +183,9 @@ class Worker:
         def submit() -> None:
             choices: list[_Choice] = []
             try:
+                terms = Terms(cache_salt=job.cache_salt)
                 for index, decoding in enumerate(decodings):
-                    choices.append(_Choice(job, index, self.engine.submit(prompt, decoding)))
+                    choices.append(_Choice(job, index, self.engine.submit(prompt, decoding, terms)))
             except Exception as error:
                 for choice in choices:
                     self.engine.cancel(choice.sequence)

@@ -1,0 +1,68 @@
+"""The vision tower behind its cache: an image is encoded once, whoever asks about it and however often.
+
+P patches, V visual tokens, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from vitalrt.engine.feature_cache import FeatureCache, VisionFeatures
+from vitalrt.engine.sequence import Image
+from vitalrt.inputs.prompt import Prompt
+from vitalrt.model.vision import VisionTower
+
+
+def images_of(prompt: Prompt, namespace: bytes, image_token_id: int) -> list[Image]:
+    """A prompt's images and where their tokens are; each image's are in one run (see mrope_positions).
+
+    namespace: whoever has another one shares no features.
+    """
+    if prompt.pixel_values is None:
+        return []
+    grids = prompt.grids()
+    places = (prompt.input_ids == image_token_id).nonzero().flatten()
+    patches = prompt.pixel_values.split([t * h * w for t, h, w in grids])
+    images, taken = [], 0
+    for digest, pixels, grid in zip(prompt.digests, patches, grids, strict=True):
+        start, count = int(places[taken]), len(pixels) * len(places) // len(prompt.pixel_values)
+        images.append(Image(namespace + digest, pixels, grid, start, start + count))
+        taken += count
+    return images
+
+
+class ImageEncoder:
+    """num_encoded: how many images the tower has seen."""
+
+    def __init__(self, tower: VisionTower, max_bytes: int) -> None:
+        """max_bytes: what the features of past images may take."""
+        self.cache = FeatureCache(max_bytes)
+        self.num_encoded = 0
+        self._tower = tower
+
+    def encode(self, images: Iterable[Image]) -> None:
+        """Give every image its features; all that the cache does not have go through the tower together."""
+        missing: dict[bytes, list[Image]] = {}
+        for image in images:
+            if image.features is None:
+                image.features = self.cache.get(image.key)
+            if image.features is None:
+                missing.setdefault(image.key, []).append(image)
+        if not missing:
+            return
+        for same, features in zip(missing.values(), self._encode([same[0] for same in missing.values()]), strict=True):
+            self.cache.put(same[0].key, features)
+            for image in same:
+                image.features = features
+
+    def _encode(self, images: list[Image]) -> list[VisionFeatures]:
+        device = self._tower.patch_embed.weight.device
+        tokens, deepstack = self._tower(
+            torch.cat([image.pixels for image in images]).to(device), [image.grid for image in images]
+        )
+        self.num_encoded += len(images)
+        counts = [image.stop - image.start for image in images]
+        by_image = zip(*(level.split(counts) for level in (tokens, *deepstack)), strict=True)
+        return [VisionFeatures(own, tuple(levels)) for own, *levels in by_image]
