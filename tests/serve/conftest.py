@@ -68,8 +68,7 @@ class Running:
 
     @property
     def num_pages_taken(self) -> int:
-        pool = self.app.worker.engine.cache.pool
-        return pool.num_blocks - pool.num_free
+        return self.app.worker.engine.statistics().pages_used
 
 
 @contextmanager

@@ -49,7 +49,8 @@ def test_a_whole_answer_is_the_models_own(ask, phantom):
     usage = answer.usage
     assert (usage.prompt_tokens, usage.completion_tokens) == (own.usage.prompt_tokens, own.usage.completion_tokens)
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
-    assert (usage.latent_steps, usage.prompt_tokens_details.cached_tokens) == (4, 0)
+    assert usage.latent_steps == 4
+    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens // 16 * 16  # its pages are in the cache
 
 
 def test_a_streamed_answer_joins_to_the_whole_one(ask):

@@ -121,20 +121,20 @@ class Engine:
                 self._end(sequence, "cancelled")
 
     def statistics(self) -> EngineStatistics:
-        with self._lock:
-            kept = self.cache.prefixes.statistics().pages_idle
-            return EngineStatistics(
-                num_waiting=len(self._waiting),
-                num_running=len(self._prefilling) + len(self._batch.sequences),
-                pages=self.cache.pool.num_blocks,
-                pages_used=self.cache.pool.num_blocks - self.cache.pool.num_free - kept,
-                pages_kept=kept,
-                num_preemptions=self._num_preemptions,
-                prompt_tokens=self._prompt_tokens,
-                cached_tokens=self._cached_tokens,
-                images_encoded=self.encoder.num_encoded,
-                images_found=self.encoder.cache.statistics().hits,
-            )
+        """Of this moment, without waiting for a step that is under way."""
+        kept = self.cache.prefixes.statistics().pages_idle
+        return EngineStatistics(
+            num_waiting=len(self._waiting),
+            num_running=len(self._prefilling) + len(self._batch.sequences),
+            pages=self.cache.pool.num_blocks,
+            pages_used=self.cache.pool.num_blocks - self.cache.pool.num_free - kept,
+            pages_kept=kept,
+            num_preemptions=self._num_preemptions,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            images_encoded=self.encoder.num_encoded,
+            images_found=self.encoder.cache.statistics().hits,
+        )
 
     def _expire(self) -> None:
         for sequence in (*self._waiting, *self._prefilling, *self._batch.sequences):

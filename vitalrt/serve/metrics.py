@@ -51,9 +51,9 @@ class Metrics:
         rate = self._gauge("prefix_cache_hit_rate", "Hits over queries since the server started.")
         rate.set_function(lambda: self._num_hits / max(1, self._num_queries))
         if isinstance(worker.engine, Engine):
-            pool = worker.engine.cache.pool
-            usage = self._gauge("kv_cache_usage_perc", "Part of the cache's pages in use; 1 is all.")
-            usage.set_function(lambda: 1 - pool.num_free / pool.num_blocks)
+            engine = worker.engine
+            usage = self._gauge("kv_cache_usage_perc", "Part of the cache's pages that requests hold; 1 is all.")
+            usage.set_function(lambda: engine.statistics().pages_used / engine.cache.pool.num_blocks)
 
     def count_response(self, status: int) -> None:
         self._responses.labels(str(status)).inc()
