@@ -138,7 +138,7 @@ class StepCost:
 
     @property
     def launches(self) -> int | None:
-        """None above 16 rows, which linear_decode and head_argmax do not serve: bytes and floor hold there too."""
+        """None above 16 rows, where cuBLAS multiplies, in launches of its own: bytes and floor hold there too."""
         return sum(operation.launches for operation in self.operations) if self.batch <= MAX_ROWS else None
 
     @property
@@ -198,11 +198,14 @@ def step_cost(
         operation("gate/up", "linear_decode", layers, width + ffn, linear=(2 * ffn, width), values=width),
         operation("down", "linear_decode", layers, ffn + 2 * width, linear=(width, ffn)),
         operation("final norm", "rms_norm", 1, 2 * width, values=width),
+        operation("keep z", "copy", 1, 2 * width),
     ]
     if answers:
         head = (config.vocab_size, width)
-        step.insert(0, operation("embedding", "torch", 1, width, values=batch * width))
-        step.append(operation("head, argmax", "head_argmax", 1, width, linear=head))
+        step.insert(0, operation("embedding", "begin_step", 1, width, values=batch * width))
+        step += [operation("head, argmax", "head_argmax", 1, width, linear=head), operation("keep token", "copy", 1, 0)]
+    else:
+        step.insert(0, operation("feed back z", "begin_step", 1, 2 * width))
     return StepCost(tuple(step), batch)
 
 
@@ -284,7 +287,7 @@ class ModelCost:
         }
 
     def operations_table(self) -> Table:
-        """What an answer step launches; a latent step does without the first and the last line."""
+        """What an answer step launches; a latent step feeds z back and does without the last two lines."""
         title = f"{self.model}, {self.dtype}, batch {self.batch}, context {self.context}: one step"
         shown = _table(title, ("operation", "kernel"), ("launches", "weights", "KV", "activations"))
         for operation in self.answer.operations:
@@ -300,7 +303,7 @@ class ModelCost:
             shown.add_row(name, "all", str(step.launches or "–"), *totals, style="bold")
         shown.caption = "megabytes: by launch, then of the whole step"
         if self.latent.launches is None:
-            shown.caption += f"; more than {MAX_ROWS} rows are not served by linear_decode and head_argmax"
+            shown.caption += f"; more than {MAX_ROWS} rows are multiplied by cuBLAS, in launches of its own"
         return shown
 
     def floors_table(self, cards: Sequence[Card]) -> Table:

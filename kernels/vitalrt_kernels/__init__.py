@@ -5,6 +5,7 @@ so a machine without triton imports and runs everything. docs/numerics.md has a 
 """
 
 from vitalrt_kernels.backend import why_not_triton
+from vitalrt_kernels.begin_step import Rows, StepInputs, begin_step
 from vitalrt_kernels.cache_grow import cache_grow
 from vitalrt_kernels.decode_attention import decode_attention
 from vitalrt_kernels.head_argmax import head_argmax
@@ -21,6 +22,9 @@ __all__ = [
     "Norm",
     "ProjectorWeights",
     "Rope",
+    "Rows",
+    "StepInputs",
+    "begin_step",
     "cache_grow",
     "decode_attention",
     "head_argmax",

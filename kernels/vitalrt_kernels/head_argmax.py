@@ -13,7 +13,16 @@ from __future__ import annotations
 import torch
 
 from vitalrt_kernels.backend import runs_triton
-from vitalrt_kernels.linear_decode import Int8Weight, check_rows, check_weight, linear_decode_reference
+from vitalrt_kernels.linear_decode import (
+    MAX_ROWS,
+    Int8Weight,
+    check_rows,
+    check_weight,
+    is_for_cublas,
+    linear_cublas,
+    linear_decode_reference,
+    tensors_of,
+)
 from vitalrt_kernels.tickets import check_tickets
 
 
@@ -22,17 +31,20 @@ def head_argmax_reference(h: torch.Tensor, head: torch.Tensor | Int8Weight) -> t
 
 
 def head_argmax(h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor) -> torch.Tensor:
-    """h: [M, d], M at most 16, after the final norm.  head: [N, d] of its dtype, or int8.  All contiguous.
+    """h: [M, d], after the final norm.  head: [N, d] of its dtype, or int8.  All contiguous.
 
     tickets: [at least 1], from tickets.new_tickets.  Returns [M] int64: the lowest id of the largest logit; a NaN
-    counts as largest.
-    Raises ValueError on disagreeing shapes, dtypes or devices, or more than 16 rows.
+    counts as largest. Above 16 rows, and where `tuned` says so, the logits are written after all.
+    Raises ValueError on disagreeing shapes, dtypes or devices.
     """
     check_rows(h)
     check_weight(h, head)
     check_tickets(tickets, 1, h.device)
-    if runs_triton(h, *head) if isinstance(head, Int8Weight) else runs_triton(h, head):
-        from vitalrt_kernels.gpu import head_argmax as gpu
+    if not runs_triton(h, *tensors_of(head)):
+        return head_argmax_reference(h, head)
+    if not isinstance(head, Int8Weight) and is_for_cublas(h, head):
+        return linear_cublas(h, head).argmax(-1)
+    from vitalrt_kernels.gpu import head_argmax as gpu
 
-        return gpu.head_argmax(h, head, tickets)
-    return head_argmax_reference(h, head)
+    pieces = [gpu.head_argmax(h[i : i + MAX_ROWS], head, tickets) for i in range(0, max(1, len(h)), MAX_ROWS)]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

@@ -1,11 +1,13 @@
-"""A linear map of the 1 to 16 rows of a decode step, with what stands before and after it in the layer.
+"""A linear map of the rows of a decode step, with what stands before and after it in the layer.
 
     QKV:      W rms_norm(x)                   O, down:  W x + residual
     gate/up:  silu(g) * u,  [g | u] = W rms_norm(x)
 
 At these row counts the time is that of reading W once, so the rest must ride along: the norm is computed again by every
 thread block (a row is 8 kB and sits in L2), which costs less than a launch and a round trip of x; SwiGLU and the
-residual are applied to the fp32 sums before their only rounding. Five launches make a layer instead of a dozen.
+residual are applied to the fp32 sums before their only rounding. Six launches make a layer instead of two dozen.
+That is so up to 16 rows. Above, and where a card is known to be faster so (`tuned`), cuBLAS multiplies between launches
+of their own; int8 goes 16 rows at a time.
 
 Weights may be int8 with one fp32 scale per output channel (symmetric, weight-only): half the bytes, and since every
 int8 is exact in fp16 and bf16 the only new error is that of quantise_int8.
@@ -20,9 +22,10 @@ import torch
 from torch.nn import functional as F
 
 from vitalrt_kernels.backend import expect, runs_triton, wide
-from vitalrt_kernels.rms_norm import rms_norm_reference
+from vitalrt_kernels.rms_norm import rms_norm, rms_norm_reference
+from vitalrt_kernels.tuned import prefers_cublas
 
-MAX_ROWS = 16
+MAX_ROWS = 16  # of one launch
 
 
 class Int8Weight(NamedTuple):
@@ -67,6 +70,25 @@ def linear_decode_reference(
     return y.to(x.dtype)
 
 
+def linear_cublas(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+    swiglu: bool = False,
+) -> torch.Tensor:
+    """As linear_decode for a weight that is not int8: torch's product, each other part on its own, all rounded."""
+    rows = x if norm is None else rms_norm(x, norm.weight, norm.eps)
+    assert isinstance(rows, torch.Tensor)
+    if residual is not None and not swiglu:
+        return torch.addmm(residual, rows, weight.T)
+    y = F.linear(rows, weight)
+    if swiglu:
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else y + residual
+
+
 def linear_decode(
     x: torch.Tensor,
     weight: torch.Tensor | Int8Weight,
@@ -74,11 +96,11 @@ def linear_decode(
     residual: torch.Tensor | None = None,
     swiglu: bool = False,
 ) -> torch.Tensor:
-    """x: [M, d], M at most 16.  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
+    """x: [M, d].  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
 
     norm: RMSNorm of x first (as rms_norm).  swiglu: weight is [gate | up] and the result has N / 2 columns.
-    Returns [M, N], computed in fp32 and rounded once.
-    Raises ValueError on disagreeing shapes, dtypes or devices, or more than 16 rows.
+    Returns [M, N].
+    Raises ValueError on disagreeing shapes, dtypes or devices.
     """
     check_rows(x)
     check_weight(x, weight)
@@ -89,16 +111,30 @@ def linear_decode(
         expect("norm.weight", norm.weight, x.shape[1:], x.dtype, x.device)
     if residual is not None:
         expect("residual", residual, (len(x), num_outputs // (2 if swiglu else 1)), x.dtype, x.device)
-    if runs_triton(x, *[t for t in (*_tensors(weight), norm and norm.weight, residual) if t is not None]):
-        from vitalrt_kernels.gpu import linear_decode as gpu
+    parts = (*tensors_of(weight), norm and norm.weight, residual)
+    if not runs_triton(x, *[part for part in parts if part is not None]):
+        return linear_decode_reference(x, weight, norm, residual, swiglu)
+    if not isinstance(weight, Int8Weight) and is_for_cublas(x, weight):
+        return linear_cublas(x, weight, norm, residual, swiglu)
+    from vitalrt_kernels.gpu import linear_decode as gpu
 
-        return gpu.linear_decode(x, weight, norm, residual, swiglu)
-    return linear_decode_reference(x, weight, norm, residual, swiglu)
+    pieces = [
+        gpu.linear_decode(
+            x[i : i + MAX_ROWS], weight, norm, None if residual is None else residual[i : i + MAX_ROWS], swiglu
+        )
+        for i in range(0, max(1, len(x)), MAX_ROWS)
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def is_for_cublas(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """On a CUDA device."""
+    return len(x) > MAX_ROWS or prefers_cublas(x.device, len(x), len(weight), x.shape[1])
 
 
 def check_rows(x: torch.Tensor) -> None:
-    if x.ndim != 2 or len(x) > MAX_ROWS:
-        raise ValueError(f"x: expected [M, d] with M at most {MAX_ROWS}, got {list(x.shape)}")
+    if x.ndim != 2:
+        raise ValueError(f"x: expected [M, d], got {list(x.shape)}")
     expect("x", x, x.shape, x.dtype, x.device)
 
 
@@ -111,5 +147,5 @@ def check_weight(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> None:
         expect("weight.scale", weight.scale, (len(values),), torch.float32, x.device)
 
 
-def _tensors(weight: torch.Tensor | Int8Weight) -> tuple[torch.Tensor, ...]:
+def tensors_of(weight: torch.Tensor | Int8Weight) -> tuple[torch.Tensor, ...]:
     return (*weight,) if isinstance(weight, Int8Weight) else (weight,)

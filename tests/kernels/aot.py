@@ -57,10 +57,20 @@ def launch_all() -> None:
     launch_rms_norm()
     launch_latent_projector()
     for rows in ROWS:
+        launch_begin_step(rows)
         launch_linear_decode(rows)
         launch_head_argmax(rows)
         launch_norm_rope_append(rows)
         launch_paged_attention(rows)
+
+
+def launch_begin_step(rows: int) -> None:
+    from vitalrt_kernels.begin_step import Rows
+    from vitalrt_kernels.gpu import begin_step as gpu
+
+    counters = [meta(rows, dtype=torch.int32) for _ in range(4)]
+    pages, tokens = meta(rows, SLOTS // PAGE, dtype=torch.int32), meta(rows, dtype=torch.int64)
+    gpu.begin_step(Rows(meta(rows, d), tokens, *counters, pages), meta(VOCAB, d), meta(2, dtype=torch.int64), PAGE)
 
 
 def launch_rms_norm() -> None:

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from vitalrt.model.decoder import RMSNorm
-from vitalrt_kernels.linear_decode import Int8Weight, Norm, linear_decode, linear_decode_reference, quantise_int8
+from vitalrt_kernels.linear_decode import (
+    Int8Weight,
+    Norm,
+    linear_cublas,
+    linear_decode,
+    linear_decode_reference,
+    quantise_int8,
+)
 
+module = sys.modules[linear_decode.__module__]  # the package has a function of this name
 STAGES = ["norm", "residual", "norm_swiglu", "plain"]
 
 
@@ -71,7 +81,7 @@ def test_quantise_int8() -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"x": torch.ones(17, 4)}, "at most 16"),
+        ({"x": torch.ones(4)}, "x: expected"),
         ({"x": torch.ones(2, 4).half()}, "weight: expected"),
         ({"weight": torch.ones(6, 5)}, "weight: expected"),
         ({"weight": torch.ones(6)}, "weight: expected"),
@@ -84,3 +94,22 @@ def test_quantise_int8() -> None:
 def test_bad_arguments(changes, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         linear_decode(**{"x": torch.ones(2, 4), "weight": torch.ones(6, 4), **changes})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_cublas_form_is_the_same(stage: str) -> None:
+    case = random_case(stage, 21, 34, 24)
+    torch.testing.assert_close(
+        linear_cublas(case["x"], case["weight"], *options(case, stage)),
+        linear_decode(case["x"], case["weight"], *options(case, stage)),
+    )
+
+
+def test_more_rows_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch, assert_close) -> None:
+    """int8 goes 16 rows at a time; 21 rows are two launches."""
+    monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+    case = random_case("residual", 21, 33, 40)
+    case = {name: tensor.to(device) for name, tensor in case.items()}
+    weight = quantise_int8(case["weight"])
+    expected = linear_decode_reference(case["x"].double(), weight, residual=case["residual"].double())
+    assert_close("linear_decode", linear_decode(case["x"], weight, residual=case["residual"]), expected)

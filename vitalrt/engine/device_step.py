@@ -1,0 +1,202 @@
+"""A step whose whole state lives on the device, so that it can be captured once and replayed without the host.
+
+One function serves latent and answer phases, and rows of both in one batch: it feeds each row z or embed(token), runs
+the layers through vitalrt_kernels, and, if any row is to answer next, takes the greedy token. It allocates nothing that
+lives on, reads nothing back and branches on nothing that the device computes.
+
+B rows, d width, P pages per row, S slots, G key/value heads, D head dim, K latent steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from vitalrt.model.decoder import Decoder, DecoderLayer
+from vitalrt_kernels import (
+    Int8Weight,
+    Norm,
+    Rope,
+    Rows,
+    begin_step,
+    head_argmax,
+    linear_decode,
+    new_tickets,
+    norm_rope_append,
+    paged_attention,
+    quantise_int8,
+    rms_norm,
+)
+
+Weight = torch.Tensor | Int8Weight
+
+
+class LayerWeights(NamedTuple):
+    """As DecoderLayer has them; linear maps may be int8."""
+
+    input_norm: torch.Tensor
+    qkv: Weight
+    qk_norm: torch.Tensor
+    o: Weight
+    post_norm: torch.Tensor
+    gate_up: Weight
+    down: Weight
+
+
+class StepWeights:
+    """What a step reads: the decoder's own tensors, or int8 ones made from them."""
+
+    def __init__(self, decoder: Decoder, int8: bool = False) -> None:
+        """int8: weight-only, linear maps and head; the decoder keeps its own and may be dropped by the caller."""
+        self.config = decoder.config
+        self.eps = decoder.config.rms_norm_eps
+        self.embed = decoder.embed.weight.detach()
+        self.norm = decoder.norm.weight.detach()
+        self.rope = Rope(decoder.rope.inverse_frequencies, decoder.rope.axis_of_frequency)
+
+        def linear(weight: torch.Tensor) -> Weight:
+            return quantise_int8(weight.detach()) if int8 else weight.detach()
+
+        self.head = linear(decoder.head.weight)
+        self.layers = [
+            LayerWeights(
+                layer.input_norm.weight.detach(),
+                linear(layer.qkv.weight),
+                layer.qk_norm.weight.detach(),
+                linear(layer.o.weight),
+                layer.post_norm.weight.detach(),
+                linear(layer.gate_up.weight),
+                linear(layer.down.weight),
+            )
+            for layer in decoder.layers
+            if isinstance(layer, DecoderLayer)
+        ]
+
+
+def run_layer(
+    weights: StepWeights,
+    layer: int,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    attend: Callable[[int, torch.Tensor], torch.Tensor],
+    rows: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x: [T, d].  positions: [3, T] or [T], slots: [T]: as norm_rope_append takes them, which writes keys and values.
+
+    attend(layer, q [T, H, D]) gives [T, H, D].  rows: whose result is wanted; None for all.
+    """
+    w, config = weights.layers[layer], weights.config
+    qkv = linear_decode(x, w.qkv, Norm(w.input_norm, weights.eps)).view(len(x), -1, config.head_dim)
+    caches = k_cache[layer], v_cache[layer]
+    q = norm_rope_append(qkv, w.qk_norm, weights.eps, positions, weights.rope, *caches, slots)
+    attended = attend(layer, q).reshape(len(x), config.num_attention_heads * config.head_dim)
+    if rows is not None:
+        x, attended = x[rows], attended[rows]
+    x = linear_decode(attended, w.o, residual=x)
+    inner = linear_decode(x, w.gate_up, Norm(w.post_norm, weights.eps), swiglu=True)
+    return linear_decode(inner, w.down, residual=x)
+
+
+class DeviceStep:
+    """Rows 0 .. max_batch - 1, their state, and the step over the first few of them.
+
+    rows: vitalrt_kernels.Rows of all of them; hidden is z while a row thinks, else what its next token is taken from.
+    latents: [max K, d], z_1 .. of row 0 where think() was used.
+    """
+
+    def __init__(
+        self,
+        weights: StepWeights,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        page_size: int,
+        max_batch: int,
+        stop_ids: Sequence[int] = (),
+        max_latents: int = 64,
+    ) -> None:
+        """k_cache, v_cache: [layers, S, G, D], written at the slots that the rows' pages name, and nowhere else."""
+        self.weights, self.k_cache, self.v_cache, self.page_size = weights, k_cache, v_cache, page_size
+        device, num_pages = k_cache.device, k_cache.shape[1] // page_size
+        self.max_batch = max_batch
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
+        latents_left, lengths, limits, offsets = torch.zeros(4, max_batch, dtype=torch.int32, device=device)
+        self.rows = Rows(
+            hidden=weights.embed.new_zeros(max_batch, weights.config.hidden_size),
+            tokens=torch.zeros(max_batch, dtype=torch.int64, device=device),
+            latents_left=latents_left,
+            lengths=lengths,
+            limits=limits,
+            offsets=offsets,
+            pages=torch.zeros(max_batch, num_pages, dtype=torch.int32, device=device),
+        )
+        self.latents = weights.embed.new_zeros(max_latents, weights.config.hidden_size)
+        self._tickets = new_tickets(max_batch * weights.config.num_key_value_heads, device)
+
+    def place(
+        self, row: int, hidden: torch.Tensor, num_tokens: int, position: int, pages: torch.Tensor, k: int, limit: int
+    ) -> None:
+        """Start a sequence in a row. Nothing of it waits for the device.
+
+        hidden: [d], z_0.  num_tokens: of it in the cache.  position: its next M-RoPE position.  k: latent steps to go.
+        pages: int32, on the CPU (pinned, so that the copy does not wait) or the device.  limit: inputs it may come to.
+        Where k is 0 its first token is taken from hidden at once.
+        """
+        rows = self.rows
+        rows.hidden[row].copy_(hidden)
+        rows.pages[row, : len(pages)].copy_(pages, non_blocking=True)
+        rows.latents_left[row : row + 1].fill_(k)
+        rows.lengths[row : row + 1].fill_(num_tokens)
+        rows.limits[row : row + 1].fill_(limit)
+        rows.offsets[row : row + 1].fill_(position - num_tokens)
+        if k == 0:
+            self.answer(row, row + 1)
+
+    def grow(self, row: int, num_pages: int, pages: torch.Tensor) -> None:
+        """More pages for a row that has num_pages."""
+        self.rows.pages[row, num_pages : num_pages + len(pages)].copy_(pages, non_blocking=True)
+
+    def clear(self, row: int) -> None:
+        """Leave a row idle."""
+        self.rows.limits[row : row + 1].zero_()
+
+    def move(self, source: int, target: int) -> None:
+        """A row's state to another place, so that the rows in use stay the first ones; the source is left idle."""
+        for tensor in self.rows:
+            tensor[target].copy_(tensor[source])
+        self.clear(source)
+
+    def answer(self, start: int, stop: int) -> None:
+        """Tokens of rows start .. stop - 1, from their hidden states."""
+        chosen = head_argmax(self.rows.hidden[start:stop], self.weights.head, self._tickets)
+        self.rows.tokens[start:stop].copy_(chosen)
+
+    def step(self, num_rows: int, answers: bool) -> None:
+        """One latent step or answer token for each of the first num_rows rows. Of idle ones only hidden changes.
+
+        answers: whether any of them answers after this step. If not, neither head nor sampling is run.
+        """
+        weights, rows = self.weights, Rows(*[tensor[:num_rows] for tensor in self.rows])
+        x, positions, slots, reach = begin_step(rows, weights.embed, self.stop_ids, self.page_size)
+
+        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
+            caches = self.k_cache[layer], self.v_cache[layer]
+            return paged_attention(q, *caches, rows.pages, reach, self.page_size, self._tickets)
+
+        for layer in range(len(weights.layers)):
+            x = run_layer(weights, layer, x, positions, self.k_cache, self.v_cache, slots, attend)
+        hidden = rms_norm(x, weights.norm, weights.eps)
+        assert isinstance(hidden, torch.Tensor)
+        rows.hidden.copy_(hidden)
+        if answers:
+            self.answer(0, num_rows)
+
+    def think(self, k: int) -> None:
+        """k latent steps of row 0 alone, z_1 .. z_k into latents, and then its first token."""
+        for i in range(k):
+            self.step(1, answers=i == k - 1)
+            self.latents[i].copy_(self.rows.hidden[0])
