@@ -223,10 +223,8 @@ def export_merged(arguments: argparse.Namespace) -> None:
 
 def serve(arguments: argparse.Namespace) -> None:
     """Answer over HTTP, as OpenAI's API does."""
-    with _needs("serve"):
-        from vitalrt.serve.app import build_app
-        from vitalrt.serve.server import server
-
+    if arguments.replicas is not None and not arguments.ray:
+        raise VitalError("--replicas: expected together with --ray")
     config = ServeConfig(
         host=arguments.host,
         port=arguments.port,
@@ -237,6 +235,15 @@ def serve(arguments: argparse.Namespace) -> None:
         audit_text=arguments.audit_text,
         **{name: getattr(arguments, name) for name in SERVE_LIMITS},
     )
+    if arguments.ray:
+        with _needs("ray"):
+            from vitalrt.serve.cluster import serve_on_ray
+
+            serve_on_ray(_loading(arguments), config, 2 if arguments.replicas is None else arguments.replicas)
+        return
+    with _needs("serve"):
+        from vitalrt.serve.app import build_app
+        from vitalrt.serve.server import server
     server(build_app(_load(arguments), config, arguments.adapter), config).run()
 
 
@@ -336,6 +343,8 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-images-from", action="append", default=[], metavar="ORIGIN", help="fetch links of https://host[:port]"
     )
     verb.add_argument("--audit", type=Path, metavar="FILE", help="append a JSON line per request, with hashes only")
+    verb.add_argument("--ray", action="store_true", help="several replicas, on Ray Serve; images find their replica")
+    verb.add_argument("--replicas", type=int, metavar="N", help="with --ray; default: 2")
     verb.add_argument("--audit-text", action="store_true", help="questions and answers in the audit file as well")
     for name, text in SERVE_LIMITS.items():
         default = getattr(ServeConfig, name)
@@ -392,18 +401,23 @@ def _load(arguments: argparse.Namespace, prefix_cache: bool = True) -> Model:
     """With a progress bar on a terminal, once loading takes long enough to wonder."""
     from rich.progress import Progress
 
-    from vitalrt.api import BUNDLED, load
+    from vitalrt.api import load
 
-    where = {"adapter": arguments.adapter, "device": arguments.device, "dtype": arguments.dtype}
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("loading weights")
         return load(
-            arguments.model or BUNDLED,
-            **where,
-            cache_tokens=arguments.cache_tokens,
+            **_loading(arguments),
             prefix_cache=prefix_cache,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of vitalrt.load that are options of the command line."""
+    from vitalrt.api import BUNDLED
+
+    names = ("adapter", "device", "dtype", "cache_tokens")
+    return {"model": arguments.model or BUNDLED, **{name: getattr(arguments, name) for name in names}}
 
 
 def _read_options(arguments: argparse.Namespace) -> ReadOptions:

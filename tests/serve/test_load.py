@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import random
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import httpx
 import pytest
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo.png"
-QUESTIONS = ("Where is the cyst?", "Can the kidney be seen here?", "Is the liver visible?")
+from bench.serve_visits import KINDS, Visitor, wrong_answers
 
 
-@pytest.fixture(scope="module")
-def expected(phantom) -> dict[tuple[str, int], str]:
-    return {(question, k): str(phantom.generate(DEMO, question, k)) for question in QUESTIONS for k in range(5)}
+@pytest.fixture
+def num_tasks(running):
+    """How many asyncio tasks the server's event loop has."""
+    return lambda: len(asyncio.all_tasks(running.app.worker._loop))
 
 
-def test_mixed_requests_cancellations_and_bad_bodies(running, until, expected):
-    client = running.openai(max_retries=0)
-
-    def visit(seed: int) -> str:
-        draw = random.Random(seed)
-        (question, k), answer = draw.choice(list(expected.items()))
-        body = {"model": f"phantom@k={k}", "messages": running.messages(question)}
-        kind = draw.choice(["whole", "stream", "stream", "leave", "bad"])
-        if kind == "whole":
-            assert client.chat.completions.create(**body).choices[0].message.content == answer
-        elif kind == "stream":
-            pieces = [
-                chunk.choices[0].delta.content or "" for chunk in client.chat.completions.create(**body, stream=True)
-            ]
-            assert "".join(pieces) == answer
-        elif kind == "leave":
-            with httpx.stream("POST", f"{running.url}/v1/chat/completions", json={**body, "stream": True}) as response:
-                next(response.iter_lines())
-        else:
-            assert running.post(**{**body, draw.choice(["n", "seed", "stop"]): {}}).status_code == 400
-        return kind
-
+def test_mixed_requests_cancellations_and_bad_bodies(running, until, phantom, num_tasks):
+    num_idle_tasks = num_tasks()
+    visitor = Visitor(running.url, seed=0)
     with ThreadPoolExecutor(8) as clients:
-        kinds = list(clients.map(visit, range(80)))
-    assert set(kinds) == {"whole", "stream", "leave", "bad"}
+        visits = list(clients.map(visitor.visit, range(120)))
+    assert {visit.kind for visit in visits} == set(KINDS)
+    assert not [visit for visit in visits if visit.trouble]
+    assert all(visit.texts for visit in visits if visit.kind in ("whole", "streamed", "sampled"))
+    assert not wrong_answers(visits, phantom)
     until(lambda: running.num_pages_taken == 0)
+    visitor.close()
     until(lambda: not running.uvicorn.server_state.tasks)
-    assert running.app.worker.num_waiting == 0
-    assert not running.app.worker._jobs and not running.app.worker._choices
-    running.app.worker.engine.cache.pool.check_integrity()
+    until(lambda: num_tasks() <= num_idle_tasks)
+    worker = running.app.worker
+    assert worker.num_waiting == 0 and not worker._jobs and not worker._choices
+    worker.engine.cache.pool.check_integrity()

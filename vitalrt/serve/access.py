@@ -15,13 +15,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vitalrt.engine.request import RESEARCH_NOTICE
 from vitalrt.serve.errors import ApiError, internal_error, place_of
-from vitalrt.serve.metrics import Metrics
+from vitalrt.serve.metrics import HttpMetrics
 
 logger = logging.getLogger("vitalrt.serve")
 
 OPEN_PATHS = ("/health", "/ready")  # for probes, which hold no key
 NOTICE_HEADER = "X-Vitalrt-Notice"
-REQUEST_ID = "vitalrt.request_id"  # key in the ASGI scope
+REQUEST_ID = "vitalrt.request_id"  # key in the ASGI scope; who calls the application may set it
 
 
 class Gate:
@@ -30,7 +30,7 @@ class Gate:
     The log line of a request holds its id, route, status and time: no query, no header, no body.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, api_keys: Sequence[str], metrics: HttpMetrics) -> None:
         self.app = app
         self.metrics = metrics
         self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
@@ -39,7 +39,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        scope[REQUEST_ID] = request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        scope[REQUEST_ID] = request_id = scope.get(REQUEST_ID) or f"chatcmpl-{uuid.uuid4().hex}"
         started = time.perf_counter()
         status = 0
 
@@ -67,7 +67,7 @@ class Gate:
         finally:
             if status:  # none where the client was gone, or the server told to stop, before there was an answer
                 self.metrics.count_response(status)
-            route = getattr(scope.get("route"), "path", "-")  # the template: a path may be anything
+            route = getattr(scope.get("route"), "path", "") or "-"  # the template: a path may be anything
             elapsed_ms = (time.perf_counter() - started) * 1000
             logger.info("%s %s %s %d %.0f ms", request_id, scope["method"], route, status, elapsed_ms)
 

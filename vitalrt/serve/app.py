@@ -29,11 +29,15 @@ from vitalrt.serve.remote import Fetcher
 from vitalrt.serve.settings import ServeConfig
 from vitalrt.serve.worker import Worker
 
+CHAT_PATH = "/v1/chat/completions"
+METRICS_TYPE = "text/plain; version=0.0.4"
+
 
 class App(FastAPI):
     """Its OpenAPI document holds the schemas of bodies that we read and write ourselves."""
 
     worker: Worker
+    metrics: Metrics
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -73,10 +77,10 @@ def build_app(model: Model, config: ServeConfig, adapter: str | None = None) -> 
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.worker = worker
+    app.worker, app.metrics = worker, metrics
     app.add_middleware(Gate, api_keys=config.api_keys, metrics=metrics)
     app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(HTTPException, http_error)
     _add_routes(app, chat, catalog, metrics, worker)
     return app
 
@@ -90,7 +94,7 @@ def _add_routes(app: App, chat: Chat, catalog: Catalog, metrics: Metrics, worker
     errors: dict[int | str, dict[str, Any]] = {"4XX": _documented("ErrorBody"), "5XX": _documented("ErrorBody")}
 
     @app.post(
-        "/v1/chat/completions",
+        CHAT_PATH,
         response_class=Response,
         openapi_extra={"requestBody": body},
         responses={200: {"description": "the answer", "content": answers}, **errors},
@@ -119,7 +123,7 @@ def _add_routes(app: App, chat: Chat, catalog: Catalog, metrics: Metrics, worker
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def prometheus() -> Response:
-        return Response(metrics.render(), media_type="text/plain; version=0.0.4")
+        return Response(metrics.render(), media_type=METRICS_TYPE)
 
     @app.get("/version")
     async def version() -> JSONResponse:
@@ -154,7 +158,7 @@ async def _api_error(_: Request, error: Exception) -> Response:
     return error.response()
 
 
-async def _http_error(_: Request, error: Exception) -> Response:
+async def http_error(_: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the shape of all other errors."""
     assert isinstance(error, HTTPException)
     what = {404: "there is nothing at this path", 405: "this path does not take that method"}

@@ -27,7 +27,7 @@ class AuditLog:
     def __init__(self, path: Path, with_text: bool, model: dict[str, Any]) -> None:
         """model: what every line says of the weights."""
         try:
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a", encoding="utf-8")
+            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         except OSError as error:
             raise VitalError(f"audit_file: {path.name} cannot be opened ({error.strerror})") from error
         self._with_text = with_text
@@ -50,12 +50,11 @@ class AuditLog:
         }
         if self._with_text:
             record |= {"texts": texts, "answers": list(answers)}
-        with self._lock:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        with self._lock:  # a line in one piece, for other processes may append to the file too
+            os.write(self._file, (json.dumps(record) + "\n").encode())
 
     def close(self) -> None:
-        self._file.close()
+        os.close(self._file)
 
 
 def input_digest(prompt: Prompt) -> str:

@@ -65,7 +65,7 @@ class Chat:
         self.worker.require_room()  # before the body is read
         try:
             async with asyncio.timeout_at(deadline):
-                body = await _read_body(request, self.config.max_body_bytes)
+                body = await read_body(request, self.config.max_body_bytes)
                 asked = await self._in_thread(parse, body)
                 decodings = self._decodings(asked)
                 job = self.worker.open(len(decodings), asked.vital.cache_salt)
@@ -163,7 +163,8 @@ def _texts(asked: ChatRequest) -> list[list[str]]:
     return [[message.role, *(part.text for part in message.parts() if part.text)] for message in asked.messages]
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Raises ApiError: not JSON by its header, too large, or cut short."""
     too_large = ApiError(413, f"the body exceeds this server's limit of {max_bytes:,} bytes", code="body_too_large")
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "expected Content-Type: application/json", code="unsupported_media_type")

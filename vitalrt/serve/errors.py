@@ -56,6 +56,15 @@ def queue_full(max_queue: int) -> ApiError:
     return ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
 
 
+def replica_lost() -> ApiError:
+    message = "the replica that worked on this request was lost; try again in a moment"
+    return ApiError(503, message, code="replica_lost", headers={"Retry-After": "1"})
+
+
+def no_replica() -> ApiError:
+    return ApiError(503, "no replica answers", code="no_replica", headers={"Retry-After": "1"})
+
+
 def internal_error() -> ApiError:
     return ApiError(500, "the server failed on this request; its log names the place", code="internal_error")
 

@@ -12,11 +12,26 @@ STEP_SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2,
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
-class Metrics:
-    """Of one server, in a registry of its own. Counts what the engine did, answers that nobody waited for included."""
+class HttpMetrics:
+    """Of one server, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._responses = Counter("vitalrt:http_responses", "HTTP responses.", ("code",), registry=self.registry)
+
+    def count_response(self, status: int) -> None:
+        self._responses.labels(str(status)).inc()
+
+    def render(self) -> bytes:
+        """Prometheus text format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+class Metrics(HttpMetrics):
+    """Counts what the engine did, answers that nobody waited for included."""
 
     def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
+        super().__init__()
         self._model_name = model_name
         self._num_queries = self._num_hits = 0  # of the prefix cache, in tokens
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens, images and cached ones included.")
@@ -30,7 +45,6 @@ class Metrics:
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
-        self._responses = Counter("vitalrt:http_responses", "HTTP responses.", ("code",), registry=self.registry)
         self._first_token = self._histogram("time_to_first_token_seconds", "From arrival to the first answer token.")
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean per answer token after the first.", STEP_SECONDS
@@ -54,9 +68,6 @@ class Metrics:
             engine = worker.engine
             usage = self._gauge("kv_cache_usage_perc", "Part of the cache's pages that requests hold; 1 is all.")
             usage.set_function(lambda: engine.statistics().pages_used / engine.cache.pool.num_blocks)
-
-    def count_response(self, status: int) -> None:
-        self._responses.labels(str(status)).inc()
 
     def count_finished(self, finished: Finished) -> None:
         usage, timings = finished.usage, finished.timings
@@ -83,10 +94,6 @@ class Metrics:
             self._latent_step.observe(timings.latent / 1000 / usage.latent_steps)
         if usage.completion_tokens > 1:
             self._per_token.observe(timings.decode / 1000 / (usage.completion_tokens - 1))
-
-    def render(self) -> bytes:
-        """Prometheus text format 0.0.4."""
-        return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str) -> Counter:
         counter = Counter(f"vitalrt:{name}", text, ("model_name",), registry=self.registry)

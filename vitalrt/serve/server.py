@@ -24,7 +24,7 @@ def server(app: App, config: ServeConfig) -> uvicorn.Server:
         host=config.host,
         port=config.port,
         access_log=False,
-        log_config=_logging(),
+        log_config=logging_config(),
         server_header=False,
         timeout_graceful_shutdown=config.drain_s,
         ws="none",
@@ -34,7 +34,8 @@ def server(app: App, config: ServeConfig) -> uvicorn.Server:
     return uvicorn.Server(found)
 
 
-def _logging() -> dict[str, Any]:
+def logging_config() -> dict[str, Any]:
+    """For logging.config.dictConfig."""
     config = copy.deepcopy(LOGGING_CONFIG)
     config["loggers"]["uvicorn.access"] = {"level": "CRITICAL"}  # it prints queries: off, whoever listens
     config["loggers"]["vitalrt.serve"] = {"handlers": ["default"], "level": "INFO", "propagate": False}

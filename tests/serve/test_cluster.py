@@ -1,0 +1,130 @@
+"""`vitalrt serve --ray` with two replicas of the bundled model on the CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'vitalrt[ray]'")
+
+from bench.serve_process import Served, served
+from bench.serve_visits import REPLICA_LOST, Question, Visitor, wrong_answers
+from vitalrt.cli import main
+
+REPLICA = "x-vitalrt-replica"
+QUESTION = "Is the liver visible?"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with served("--ray", "--replicas", "2", "--cache-tokens", "4096", "--drain-s", "5") as found:
+        yield found
+
+
+def ask(cluster: Served, phantom: int, text: str = QUESTION, **more) -> httpx.Response:
+    body = Question(phantom, text, k=1).body(**more)
+    return httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=60)
+
+
+def replicas_of(cluster: Served) -> set[str]:
+    return {sample.labels["replica"] for sample in cluster.samples("prompt_tokens_total")}
+
+
+def test_questions_about_one_image_meet_at_one_replica_and_images_spread(cluster):
+    met = defaultdict(set)
+    for phantom in range(16):
+        for text in (QUESTION, "Where is the cyst?"):
+            response = ask(cluster, phantom, text)
+            assert response.status_code == 200
+            met[phantom].add(response.headers[REPLICA])
+    assert all(len(replicas) == 1 for replicas in met.values())
+    assert set.union(*met.values()) == replicas_of(cluster)
+    assert len(replicas_of(cluster)) == 2
+
+
+def test_requests_without_an_image_are_for_anybody(cluster):
+    body = {"model": "phantom@k=0", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 1}
+    url = f"{cluster.url}/v1/chat/completions"
+    assert {httpx.post(url, json=body).headers[REPLICA] for _ in range(16)} == replicas_of(cluster)
+
+
+def test_the_same_paths_answer_in_the_same_way(cluster):
+    with httpx.Client(base_url=cluster.url, timeout=30) as http:
+        for path, status in {
+            "/health": 200,
+            "/ready": 200,
+            "/version": 200,
+            "/v1/models": 200,
+            "/nowhere": 404,
+        }.items():
+            response = http.get(path)
+            assert response.status_code == status
+            assert "not for clinical decisions" in response.headers["x-vitalrt-notice"]
+            assert len(response.headers.get_list("x-request-id")) == 1
+    refused = ask(cluster, 0, temperature=9)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "temperature")
+
+
+def test_metrics_are_of_all_replicas(cluster):
+    before = cluster.metric("prompt_tokens_total")
+    usages = [ask(cluster, phantom).json()["usage"] for phantom in range(4)]
+    assert cluster.metric("prompt_tokens_total") == before + sum(usage["prompt_tokens"] for usage in usages)
+
+
+def test_a_client_that_leaves_frees_its_pages(cluster, until):
+    before = cluster.metric("request_success_total", finished_reason="abort")
+    body = Question(0, QUESTION, k=0).body(stream=True, n=8, temperature=2, max_tokens=1024, seed=0)
+    with httpx.stream("POST", f"{cluster.url}/v1/chat/completions", json=body, timeout=60) as response:
+        next(response.iter_lines())
+    until(lambda: cluster.metric("request_success_total", finished_reason="abort") > before)
+    until(lambda: cluster.metric("num_requests_running") + cluster.metric("kv_cache_usage_perc") == 0)
+
+
+def test_a_replica_that_is_killed_is_replaced_and_no_answer_is_wrong(cluster, phantom):
+    old = replicas_of(cluster)
+    visitor = Visitor(cluster.url, seed=1, kinds={"whole": 1, "streamed": 1})
+
+    def kill() -> None:
+        time.sleep(1)
+        os.kill(cluster.children("ray::ServeReplica:vitalrt:Replica")[0], signal.SIGKILL)
+
+    with ThreadPoolExecutor(7) as clients:
+        killing = clients.submit(kill)
+        visits = list(clients.map(visitor.visit, range(200)))
+        killing.result()
+    visitor.close()
+    assert {visit.status for visit in visits} <= {200, 503, 0}
+    assert {visit.trouble for visit in visits} <= {None, REPLICA_LOST}
+    assert sum(bool(visit.texts) for visit in visits) > 150
+    assert not wrong_answers(visits, phantom)
+
+    deadline = time.monotonic() + 90
+    while len(new := replicas_of(cluster)) < 2 or new == old:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert len(new & old) == 1
+    assert {ask(cluster, phantom).headers[REPLICA] for phantom in range(16)} == new
+
+
+def test_no_question_is_in_the_log(cluster):
+    assert "liver" not in cluster.log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--replicas", "2"], "--ray"),
+        (["--ray", "--replicas", "0"], "replicas"),
+        (["nowhere-at-all", "--ray"], "model"),
+        (["--ray", "--port", "0"], "port"),
+    ],
+)
+def test_bad_arguments_are_named_before_ray_is_started(capsys, arguments, named):
+    assert main(["serve", "--device", "cpu", *arguments]) == 1
+    assert named in capsys.readouterr().err
