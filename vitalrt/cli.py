@@ -217,7 +217,7 @@ def export_merged(arguments: argparse.Namespace) -> None:
     from vitalrt import export
     from vitalrt.api import BUNDLED
 
-    directory = export.merged(arguments.model or BUNDLED, arguments.adapter, arguments.out)
+    directory = export.merged(arguments.model or BUNDLED, arguments.adapter, arguments.out, arguments.encoder)
     print(json.dumps({"directory": str(directory)}) if arguments.json else directory)
 
 
@@ -309,6 +309,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(kinds, "merged", export_merged)
     verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
     verb.add_argument("--adapter", required=True, metavar="DIR", help="PEFT LoRA directory or hub id")
+    verb.add_argument("--encoder", metavar="DIR", help="vision encoder the adapter was trained for; goes along")
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory")
 
     verb = _verb(verbs, "train", train)

@@ -16,7 +16,9 @@ SUPPORTED = (
 )
 MAX_LATENT_STEPS = 64
 SCAFFOLD_FILES = ("scaffold.json", "scaffold.safetensors")
-"""Training's scaffolding, beside the weights it was trained with; inference reads neither."""
+ENCODER = "encoder"
+"""Training's scaffolding, beside the weights it was trained with, and the folder of the vision encoder that its
+projector aims at; inference reads none of it."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,14 @@ class VitalConfig:
 
     k: default number of latent steps.  feedback: which vector a latent step feeds back; "final_norm" is the hidden
     state after the last RMSNorm (VITAL section 3.1).  provenance, report: free text and figures of how it was trained.
+    encoder: the id of the vision encoder whose features its projector aims at; "" where it has none.
     """
 
     k: int = 4
     feedback: str = "final_norm"
     provenance: str = ""
     report: Mapping[str, Any] | None = None
+    encoder: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.k, int) or not 0 <= self.k <= MAX_LATENT_STEPS:

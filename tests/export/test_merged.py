@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3VLForConditionalGeneration
+from transformers import (
+    Qwen3VLForConditionalGeneration,
+    SiglipImageProcessorPil,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 import vitalrt
 from vitalrt import export
 from vitalrt.api import BUNDLED
 from vitalrt.errors import CheckpointError, VitalError
+from vitalrt.model.vision_encoder import VisionEncoder
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,23 @@ def test_merged_is_the_model_with_its_adapter(adapter, tmp_path):
         torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=1e-6)  # merged in float32, kept in bfloat16
         changed += not torch.equal(ours, base[name])
     assert changed == 2 * alone.checkpoint.config.decoder.num_hidden_layers
+
+
+def test_the_encoder_goes_along_where_it_is_the_adapters(adapter, tmp_path):
+    encoder, other = tmp_path / "encoder", tmp_path / "other"
+    config = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=16, patch_size=8
+    )
+    for directory in (encoder, other):
+        SiglipVisionModel(config).save_pretrained(directory)
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(directory)
+    vital = {"k": 3, "encoder": VisionEncoder(encoder).id}
+    adapter = shutil.copytree(adapter, tmp_path / "adapter")
+    (adapter / "vital.json").write_text(json.dumps(vital))
+    with pytest.raises(CheckpointError, match=f"encoder: expected {vital['encoder']}"):
+        export.merged(BUNDLED, adapter, tmp_path / "deployed", encoder=other)
+    out = export.merged(BUNDLED, adapter, tmp_path / "deployed", encoder=encoder)
+    assert VisionEncoder(out / "encoder").id == vitalrt.load(out, device="cpu").checkpoint.vital.encoder
 
 
 def test_a_failed_merge_leaves_nothing(adapter, tmp_path):

@@ -12,10 +12,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
 
 from vitalrt.errors import VitalError
+from vitalrt.model.vision_encoder import VisionEncoder
 from vitalrt_training import encoder
 from vitalrt_training.data import teacher
 from vitalrt_training.data.phantom import draw_phantom
-from vitalrt_training.data.roi import VisionEncoder
 from vitalrt_training.encoder import (
     caption,
     close_up_caption,

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from vitalrt.errors import CheckpointError, VitalError
+from vitalrt.model.vision_encoder import VisionEncoder
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.data.roi import (
-    VisionEncoder,
     global_features,
     phantom_roi_feature,
     phantom_roi_features,

@@ -18,9 +18,10 @@ from PIL import Image
 from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
 from vitalrt.errors import VitalError
+from vitalrt.model.vision_encoder import VisionEncoder
 from vitalrt_training.data import roi_columns
 from vitalrt_training.data.phantom import ask, draw_phantom, write_phantoms
-from vitalrt_training.data.roi import VisionEncoder, phantom_roi_feature
+from vitalrt_training.data.roi import phantom_roi_feature
 from vitalrt_training.data.roi_columns import add_roi_features
 from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, ShuffledSampler, load_tables, write_rows
 

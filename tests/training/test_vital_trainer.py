@@ -10,11 +10,15 @@ import sys
 import time
 from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import vitalrt
@@ -29,9 +33,11 @@ from vitalrt_training.losses import IGNORED, LossConfig
 from vitalrt_training.plan import plan
 from vitalrt_training.recipes import vital_8b
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
+from vitalrt_training.vision_cache import VisionCacheConfig
 from vitalrt_training.vital_trainer import VitalRun, rows_of, train_vital
 
 FEATURE_WIDTH = 12
+ADAPTER = "adapter/adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -135,18 +141,49 @@ def losses(run_dir):
     return [(r["stage"], r["step"], *(r.get(name, float("nan")) for name in names)) for r in read_log(run_dir)]
 
 
-def start_in_processes(recipe, folder, run_dir, processes):
-    """The run as a command of its own on one process or several; returns the command's Popen."""
+RUN = """
+import pickle, sys
+from pathlib import Path
+from vitalrt_training.vital_trainer import train_vital
+train_vital(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))
+"""
+# accelerate leaves FSDP to accelerators: on the CPU it has to be told.
+RUN_SHARED = """
+import accelerate
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.tensor import DTensor
+from vitalrt_training import vital_trainer
+
+def accelerator(**options):
+    found = accelerate.Accelerator(**options)
+    found.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    found.state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    return found
+
+def build(*parts):
+    run = VitalRun(*parts)
+    assert all(isinstance(parameter, DTensor) for parameter in run.model.parameters())
+    return run
+
+VitalRun, vital_trainer.Accelerator, vital_trainer.VitalRun = vital_trainer.VitalRun, accelerator, build
+"""
+FSDP2 = Path(__file__).parents[2] / "examples" / "accelerate-fsdp2.yaml"
+
+
+def start_in_processes(recipe, folder, run_dir, processes, config=None):
+    """The run as a command of its own on one process or several; returns the command's Popen.
+
+    config: a configuration file of `accelerate launch` that shares out the model.
+    """
     (folder / "recipe.pickle").write_bytes(pickle.dumps(recipe))
-    (folder / "run.py").write_text(
-        "import pickle, sys\n"
-        "from pathlib import Path\n"
-        "from vitalrt_training.vital_trainer import train_vital\n"
-        "train_vital(pickle.loads(Path(sys.argv[1]).read_bytes()), Path(sys.argv[2]))\n"
-    )
+    (folder / "run.py").write_text(RUN if config is None else RUN_SHARED + RUN)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, folder / "run.py", folder / "recipe.pickle", run_dir]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    if config is not None:
+        asked = launch_command_parser().parse_args(["--config_file", str(config), "run.py"])
+        environment |= prepare_multi_gpu_env(_validate_launch_command(asked)[0])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
 
@@ -188,22 +225,25 @@ def test_scaffolding_changes_nothing_about_the_deployed_model(recipe, finished):
     assert torch.equal(answers[0].latents, answers[1].latents)
 
 
-def test_an_interrupted_run_goes_on_bit_for_bit(recipe, finished, tmp_path, monkeypatch):
+def stop_at(monkeypatch, phase, step):
     do_step = VitalRun._step
 
-    def fail(self, optimizer, rows, phase, step, num_steps):
-        if phase == 1 and step == 3:
+    def fail(self, batch, *place):
+        if place[:2] == (phase, step):
             raise KeyboardInterrupt
-        return do_step(self, optimizer, rows, phase, step, num_steps)
+        return do_step(self, batch, *place)
 
     monkeypatch.setattr(VitalRun, "_step", fail)
+
+
+def test_an_interrupted_run_goes_on_bit_for_bit(recipe, finished, tmp_path, monkeypatch):
+    stop_at(monkeypatch, phase=1, step=3)
     with pytest.raises(KeyboardInterrupt):
         train_vital(recipe, tmp_path)
     monkeypatch.undo()
     train_vital(recipe, tmp_path)
     assert losses(tmp_path) == losses(finished)
-    name = "adapter/adapter_model.safetensors"
-    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert (tmp_path / ADAPTER).read_bytes() == (finished / ADAPTER).read_bytes()
 
 
 def test_a_killed_run_goes_on_bit_for_bit(recipe, finished, tmp_path):
@@ -223,8 +263,7 @@ def test_a_killed_run_goes_on_bit_for_bit(recipe, finished, tmp_path):
     assert not (tmp_path / "killed" / "adapter").exists()
     train_vital(recipe, tmp_path / "killed")
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    name = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "killed" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
 @pytest.mark.parametrize("k_weights", [(), (1.0, 1.0)])
@@ -238,6 +277,24 @@ def test_two_processes_have_the_losses_of_one(recipe, tmp_path, k_weights):
     for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
         assert one[:2] == two[:2]
         assert two[2:] == pytest.approx(one[2:], abs=1e-5, nan_ok=True)
+
+
+def test_a_shared_out_model_goes_on_where_a_whole_one_stopped(recipe, tmp_path, monkeypatch):
+    """FSDP2 over two gloo processes: losses, what is saved, and what is exported, equal those of one process."""
+    recipe = replace(recipe, projector="linear", recompute=True)
+    train_vital(recipe, tmp_path / "one")
+    stop_at(monkeypatch, phase=0, step=3)
+    with pytest.raises(KeyboardInterrupt):
+        train_vital(recipe, tmp_path / "two")
+    process = start_in_processes(recipe, tmp_path, tmp_path / "two", processes=2, config=FSDP2)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one[:2] == two[:2]
+        assert two[2:] == pytest.approx(one[2:], abs=1e-5, nan_ok=True)
+    whole, shared = (torch.load(tmp_path / name / "state.pt") for name in ("one", "two"))
+    torch.testing.assert_close(shared, whole, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*(load_file(tmp_path / n / ADAPTER) for n in ("two", "one")), rtol=1e-3, atol=1e-5)
 
 
 def test_k_weights_let_every_batch_think_for_itself(recipe, tmp_path):
@@ -262,6 +319,15 @@ def test_chains_are_cut_or_end_before_the_latents_do(recipe, tmp_path):
     found = run.model(batch)
     assert found["text"].counted == 2 and torch.isfinite(found["text"].value())
     assert set(run.model(run.collator.collate(rows, k=0))) == {"task"}
+
+
+def test_vision_features_on_disk_change_no_bit(recipe, finished, tmp_path):
+    kept = VisionCacheConfig(str(tmp_path / "features"))
+    train_vital(replace(recipe, vision_cache=kept), tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(finished)
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (finished / ADAPTER).read_bytes()
+    pictures = len(load_tables(recipe.data).images)
+    assert len(list((tmp_path / "features").rglob("*.safetensors"))) == pictures
 
 
 def test_questions_about_a_picture_share_a_batch(recipe, tmp_path):

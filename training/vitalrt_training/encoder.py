@@ -24,10 +24,11 @@ from torch.nn.functional import logsigmoid, normalize
 from transformers import PreTrainedTokenizerFast, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from vitalrt.errors import VitalError
+from vitalrt.model.vision_encoder import VisionEncoder
 from vitalrt_training.data import teacher
 from vitalrt_training.data.modalities import KINDS
 from vitalrt_training.data.phantom import MODALITIES, Phantom, Target, draw_phantom
-from vitalrt_training.data.roi import VisionEncoder, phantom_mask, roi_features, square_crop
+from vitalrt_training.data.roi import phantom_mask, roi_features, square_crop
 from vitalrt_training.optimizing import cosine_rate, new_adamw, update
 from vitalrt_training.run_files import (
     claim_directory,

@@ -1,6 +1,7 @@
 """The latent loop with gradients, over transformers' Qwen3-VL: the recurrent path of inference, nothing detached.
 
-G groups (questions about the same images), N samples, K most latent steps of the batch, A answer tokens, d width.
+G groups (questions about the same images), N samples, K most latent steps of the batch, A answer tokens, d width,
+V visual tokens, D deepstack levels.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from transformers import Qwen3VLForConditionalGeneration
@@ -30,11 +32,31 @@ class LoopOutput:
     has_step: torch.Tensor
 
 
+class VisionFeatures(NamedTuple):
+    """What the vision tower says of pictures.  tokens: [V, d].  deepstack: [D, V, d]."""
+
+    tokens: torch.Tensor
+    deepstack: torch.Tensor
+
+    @classmethod
+    def of(cls, output: Any) -> VisionFeatures:
+        """output: what transformers' tower returns."""
+        return cls(output.pooler_output, torch.stack(output.deepstack_features))
+
+
 def run_loop(
-    model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.Tensor, *, checkpoint: bool = False
+    model: Qwen3VLForConditionalGeneration,
+    batch: Batch,
+    num_steps: torch.Tensor,
+    *,
+    max_steps: int = 0,
+    vision: VisionFeatures | None = None,
+    checkpoint: bool = False,
 ) -> LoopOutput:
     """Prefix, question, latent steps, teacher-forced answer.  num_steps: [N] int64, each sample's own K.
 
+    max_steps: the batch takes at least so many steps, whoever is idle in them.
+    vision: of the batch's pictures, where that is at hand.
     Prefix and question may be padded on either side. A sample with fewer steps than the longest idles: its further
     latents are masked out of the cache, and its answer follows its own z_K at its own next position.
     checkpoint: backward recomputes the decoder's layers instead of keeping what they computed. The same gradients,
@@ -45,14 +67,22 @@ def run_loop(
     if model.training and any(layer.gradient_checkpointing for layer in layers):
         raise VitalError("model: expected transformers' gradient checkpointing off (use checkpoint=True), got it on")
     with recomputing(layers) if checkpoint else nullcontext():
-        return _run(model, batch, num_steps)
+        if vision is None:
+            vision = VisionFeatures.of(model.model.visual(batch.pixel_values, grid_thw=batch.image_grid_thw))
+        return _run(model, batch, num_steps, max(max_steps, int(num_steps.max())), vision)
 
 
-def _run(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.Tensor) -> LoopOutput:
+def _run(
+    model: Qwen3VLForConditionalGeneration,
+    batch: Batch,
+    num_steps: torch.Tensor,
+    max_steps: int,
+    vision: VisionFeatures,
+) -> LoopOutput:
     decoder = model.model.language_model
-    max_steps, num_fed = int(num_steps.max()), batch.answer_ids.shape[1] - 1
+    num_fed = batch.answer_ids.shape[1] - 1
     cache = TrainingCache(len(decoder.layers))
-    _fill_prefix(model, batch, cache)
+    _fill_prefix(model, batch, vision, cache)
     cache.spread(batch.group_of_sample, batch.question.ids.shape[1] + max_steps + num_fed)
     mask = torch.cat((batch.prefix.mask[batch.group_of_sample], batch.question.mask), dim=1)
     asked = decoder(
@@ -84,11 +114,11 @@ def _run(model: Qwen3VLForConditionalGeneration, batch: Batch, num_steps: torch.
     return LoopOutput(model.lm_head(torch.cat((hidden, answers), dim=1)), latents, has_step)
 
 
-def _fill_prefix(model: Qwen3VLForConditionalGeneration, batch: Batch, cache: TrainingCache) -> None:
-    tower = model.model.visual(batch.pixel_values, grid_thw=batch.image_grid_thw)
+def _fill_prefix(
+    model: Qwen3VLForConditionalGeneration, batch: Batch, vision: VisionFeatures, cache: TrainingCache
+) -> None:
     encoded = SimpleNamespace(
-        pooler_output=(tower.pooler_output,),
-        deepstack_features=[(features,) for features in tower.deepstack_features],
+        pooler_output=(vision.tokens,), deepstack_features=[(level,) for level in vision.deepstack]
     )
     model.model(
         input_ids=batch.prefix.ids,

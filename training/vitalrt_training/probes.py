@@ -81,7 +81,8 @@ def gradient_norms(model: VitalModel, batch: VitalBatch) -> dict[str, float]:
 def _latents(model: VitalModel, batch: VitalBatch, num_steps: int) -> torch.Tensor:
     """[N, K, d] float32 on the CPU, every sample with num_steps steps."""
     with _evaluating(model):
-        loop = model.think(replace(batch, num_steps=torch.full_like(batch.num_steps, num_steps)))
+        asked = torch.full_like(batch.num_steps, num_steps)
+        loop = model.think(replace(batch, num_steps=asked, chain_ids=batch.chain_ids[:, :num_steps]))
     return torch.cat(loop.latents, dim=1).float().cpu()
 
 

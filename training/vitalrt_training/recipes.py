@@ -13,6 +13,7 @@ from vitalrt_training.adapter import AdapterConfig
 from vitalrt_training.backbone import TINY
 from vitalrt_training.encoder import EncoderRecipe, phantom_encoder
 from vitalrt_training.losses import LossConfig
+from vitalrt_training.vision_cache import VisionCacheConfig
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class VitalRecipe:
     final_rate: share of the learning rate that a cosine leaves at the end of a phase; 1 keeps it constant.
     loss_limit: a loss above it counts as exploded and stops the run.  precision: "no" or "bf16" (autocast).
     recompute: gradient checkpointing of the backbone's layers: less memory for more time.
+    vision_cache: where the frozen tower's features of pictures are kept, if anywhere; changes no result.
     """
 
     backbone: str
@@ -149,6 +151,7 @@ class VitalRecipe:
     loss_limit: float
     precision: str
     recompute: bool
+    vision_cache: VisionCacheConfig
     seed: int
     checkpoint_every: int
 
@@ -205,6 +208,7 @@ def vital_8b() -> VitalRecipe:
         loss_limit=100.0,
         precision="bf16",
         recompute=True,
+        vision_cache=VisionCacheConfig(),
         seed=0,
         checkpoint_every=200,
     )
@@ -239,6 +243,7 @@ def phantom() -> VitalRecipe:
         loss_limit=100.0,
         precision="no",
         recompute=False,
+        vision_cache=VisionCacheConfig(),
         seed=0,
         checkpoint_every=100,
     )

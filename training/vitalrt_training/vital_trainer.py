@@ -17,26 +17,23 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3VLForConditionalGeneration
 
-from vitalrt.api import load
 from vitalrt.checkpoint import resolve
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.adapter import attach_adapter
 from vitalrt_training.backbone import TINY, tiny_decoder_config
 from vitalrt_training.data.tables import Tables, load_tables
-from vitalrt_training.evaluate import TablePictures, evaluate
+from vitalrt_training.evaluate import TablePictures
+from vitalrt_training.finished_run import export_adapter, report_run
 from vitalrt_training.losses import Mean
-from vitalrt_training.paradigms.vital import VitalBatch, VitalCollator, VitalModel
-from vitalrt_training.probes import probe
+from vitalrt_training.paradigms.vital import VitalBatch, VitalCollator, VitalModel, to_device
 from vitalrt_training.recipes import Phase, VitalRecipe
-from vitalrt_training.report import write_report
-from vitalrt_training.run_files import claim_directory, progress_bar, replacing, replacing_directory
+from vitalrt_training.run_files import claim_directory, progress_bar, replacing
 from vitalrt_training.run_log import TRACKERS, Log, check_trackers, open_log
-
-PROBED_BATCHES = 8
+from vitalrt_training.vision_cache import VisionCache
+from vitalrt_training.whole_state import load_optimizer_state, load_trainable, optimizer_state, trainable_state
 
 
 def train_vital(recipe: VitalRecipe, run_dir: Path, trackers: Sequence[str] = ()) -> Path:
@@ -61,10 +58,11 @@ def train_vital(recipe: VitalRecipe, run_dir: Path, trackers: Sequence[str] = ()
     with open_log(run_dir, accelerator, stage_name(run.done_phases), run.done_steps) as log:
         for index, phase in enumerate(recipe.phases):
             run.do_phase(index, phase, log)
-    directory = run.export()
-    if accelerator.is_main_process and len(run.tables.select("validation")):
-        run.report(directory)
-    return directory
+    run.release()
+    if accelerator.is_main_process:
+        run.finish()
+    accelerator.wait_for_everyone()
+    return run_dir / "adapter"
 
 
 class VitalRun:
@@ -80,19 +78,20 @@ class VitalRun:
             claim_directory(run_dir, json.dumps(asdict(recipe), indent=2) + "\n")
         accelerator.wait_for_everyone()
         self.tables = load_tables(recipe.data)
-        backbone_dir = resolve(recipe.backbone, "backbone")
-        decoder_dir = None if recipe.text_decoder == TINY else resolve(recipe.text_decoder, "text_decoder")
-        torch.manual_seed(recipe.seed)
-        self.model = build_model(recipe, backbone_dir, decoder_dir)
-        chain_tokenizer = AutoTokenizer.from_pretrained(decoder_dir or backbone_dir)
-        self.collator = VitalCollator(backbone_dir, chain_tokenizer, self.tables, recipe.feature_width)
-        self.wrapped = accelerator.prepare(self.model)
-        self.state_path = run_dir / "state.pt"
-        self.state = torch.load(self.state_path, weights_only=True) if self.state_path.is_file() else None
-        if self.state is not None:
-            load_trainable(self.model, self.state["trainable"])
         if len(TablePictures(self.tables, "validation")) == 1:
             raise VitalError("data: expected validation samples of at least two pictures, or none, got those of one")
+        self.state_path = run_dir / "state.pt"
+        self.state = torch.load(self.state_path, weights_only=True) if self.state_path.is_file() else None
+        self.model = self._build()
+        backbone_dir, decoder_dir = _directories(recipe)
+        chain_tokenizer = AutoTokenizer.from_pretrained(decoder_dir or backbone_dir)
+        self.collator = VitalCollator(backbone_dir, chain_tokenizer, self.tables, recipe.feature_width)
+        if recipe.vision_cache.folder:
+            tower: Any = self.model.backbone.get_base_model().get_submodule("model.visual")
+            processes = accelerator.num_processes
+            self.model.vision_cache = VisionCache(recipe.vision_cache, tower, accelerator.device, processes)
+        # FSDP2 wants model and optimiser together: it exchanges the parameters of both.
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, new_optimizer(self.model, recipe))
 
     @property
     def done_phases(self) -> int:
@@ -104,7 +103,7 @@ class VitalRun:
         return self.state["step"] if self.state else 0
 
     def do_phase(self, index: int, phase: Phase, log: Log) -> None:
-        """Skips a phase that was done before. Each phase has an optimiser and a learning rate schedule of its own."""
+        """Skips a phase that was done before. Each phase has a learning rate schedule of its own, and moments."""
         rows = rows_of(self.tables, phase)
         steps_per_epoch = len(rows) // self.recipe.batch_size
         if not steps_per_epoch:
@@ -116,61 +115,53 @@ class VitalRun:
             return
         num_steps = int(steps_per_epoch * phase.epochs)
         first_step = self.done_steps if self.done_phases == index else 0
-        optimizer = self.accelerator.prepare(new_optimizer(self.model, self.recipe))
+        self.optimizer.state.clear()
         if self.state and first_step:
-            optimizer.load_state_dict(self.state["optimizer"])
+            load_optimizer_state(self.optimizer, self.state["optimizer"])
         name = stage_name(index)
         with progress_bar() as bar:
             bar.disable = not self.accelerator.is_main_process
             task = bar.add_task(name, total=num_steps, completed=first_step, status="")
             for step in range(first_step, num_steps):
-                batch_rows = self._rows_of_step(rows, index, step, steps_per_epoch)
-                batch = self.collator.collate(batch_rows, draw_k(self.recipe, index, step))
-                record = {"stage": name, "step": step, **self._step(optimizer, batch, index, step, num_steps)}
+                batch = self._batch_of_step(rows, index, step, steps_per_epoch)
+                record = {"stage": name, "step": step, **self._step(batch, index, step, num_steps)}
                 log(record)  # before the state: a line too many is dropped later, a missing one is lost
                 done = step + 1
                 if done % self.recipe.checkpoint_every == 0 or done == num_steps:
-                    self._save(optimizer, index + 1 if done == num_steps else index, 0 if done == num_steps else done)
+                    self._save(index + 1 if done == num_steps else index, 0 if done == num_steps else done)
                 bar.update(task, advance=1, status=f"loss {record['loss']:.3f}")
 
-    def export(self) -> Path:
-        directory = self.run_dir / "adapter"
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            with replacing_directory(directory) as partial:
-                self.model.backbone.save_pretrained(str(partial))
-                self.model.scaffold.save(partial)
-                (partial / "vital.json").write_text(json.dumps(self._vital(), indent=2) + "\n")
-        return directory
+    def release(self) -> None:
+        """Let go of what was trained; its last state is on disk."""
+        self.accelerator.free_memory(self.wrapped, self.optimizer)
+        del self.model, self.wrapped, self.optimizer
+        self.state = None
 
-    def report(self, adapter: Path) -> None:
-        """run_dir/report: accuracy on the validation split through the runtime, for every k, and what probes see."""
-        size = self.recipe.batch_size
-        rows = self.tables.select("validation")
-        rows = rows[:: max(1, len(rows) // (PROBED_BATCHES * size))].tolist()  # of many pictures
-        runtime = load(self.recipe.backbone, adapter=adapter, device=self.accelerator.device)
-        longest = runtime.checkpoint.vital.k
-        starts = range(0, min(len(rows), PROBED_BATCHES * size), size)
-        batches = [to_device(self.collator.collate(rows[at : at + size]), self.accelerator.device) for at in starts]
-        with self.accelerator.autocast():
-            probes = probe(self.model, batches, longest)
-        shown = TablePictures(self.tables, "validation")
-        evaluation = {"split": "validation", **evaluate(runtime, shown, range(longest + 1))}
-        write_report(self.run_dir, evaluation, probes)
+    def finish(self) -> None:
+        """Adapter and report.  In one process, after release."""
+        self.state = torch.load(self.state_path, weights_only=True)
+        model = self._build()
+        export_adapter(self.recipe, self.run_dir, model, self.tables)
+        if len(self.tables.select("validation")):
+            report_run(self.recipe, self.run_dir, model, self.collator, self.accelerator)
 
-    def _vital(self) -> dict[str, Any]:
-        recipe = self.recipe
-        longest = int(self.tables.num_steps.max())
-        losses = ["task"] + [name for name in ("text", "visual") if self.model.weight_of(name)]
-        return {
-            "k": len(recipe.k_weights) - 1 if recipe.k_weights else longest,
-            "feedback": "final_norm",
-            "provenance": f"VITAL on {Path(recipe.data).name}, losses {' + '.join(losses)}, {recipe.schedule}, seed "
-            f"{recipe.seed}",
-        }
+    def _build(self) -> VitalModel:
+        """With the weights of the last state, if there is one."""
+        torch.manual_seed(self.recipe.seed)
+        model = build_model(self.recipe, *_directories(self.recipe))
+        if self.state is not None:
+            load_trainable(model, self.state["trainable"])
+        return model
+
+    def _batch_of_step(self, rows: np.ndarray, phase: int, step: int, steps_per_epoch: int) -> VitalBatch:
+        """This process's share of the global batch, with as many latent steps as the others'."""
+        chosen = self._rows_of_step(rows, phase, step, steps_per_epoch)
+        mine = chosen[self.accelerator.process_index :: self.accelerator.num_processes]
+        k = draw_k(self.recipe, phase, step)
+        return self.collator.collate(mine, k, max_steps=int(self.tables.num_steps[chosen].max()) if k is None else k)
 
     def _rows_of_step(self, rows: np.ndarray, phase: int, step: int, steps_per_epoch: int) -> list[int]:
-        """This process's share of the global batch."""
+        """The global batch."""
         epoch, place = divmod(step, steps_per_epoch)
         rng = np.random.default_rng((self.recipe.seed, phase, epoch))
         if self.recipe.images_together:
@@ -178,16 +169,13 @@ class VitalRun:
             order = np.argsort(place_of_image[self.tables.image_rows[rows]], kind="stable")
         else:
             order = rng.permutation(len(rows))
-        mine = slice(self.accelerator.process_index, None, self.accelerator.num_processes)
-        chosen = order[place * self.recipe.batch_size : (place + 1) * self.recipe.batch_size][mine]
+        chosen = order[place * self.recipe.batch_size : (place + 1) * self.recipe.batch_size]
         return [int(rows[i]) for i in chosen]
 
-    def _step(
-        self, optimizer: torch.optim.Optimizer, batch: VitalBatch, phase: int, step: int, num_steps: int
-    ) -> dict[str, Any]:
+    def _step(self, batch: VitalBatch, phase: int, step: int, num_steps: int) -> dict[str, Any]:
         started = time.perf_counter()
         rate = learning_rate(self.recipe, step, num_steps)
-        for group in optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seed_of(self.recipe.seed, phase, step, self.accelerator.process_index))
         batch = to_device(batch, self.accelerator.device)
@@ -210,8 +198,8 @@ class VitalRun:
                 f"training: gradient norm {norm} at step {step} of phase {phase + 1}, samples {batch.sample_ids}; the "
                 f"last good state, if any, is {self.state_path}"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         return {
             "k": int(batch.num_steps.max()),
             "loss": loss,
@@ -228,18 +216,19 @@ class VitalRun:
         count = totals[1].clamp(min=1)
         return mean.total * self.accelerator.num_processes / count, float(totals[0] / count)
 
-    def _save(self, optimizer: torch.optim.Optimizer, phase: int, step: int) -> None:
+    def _save(self, phase: int, step: int) -> None:
         """phase, step: the first ones that are still to be done."""
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = {
-                "trainable": trainable_state(self.model),
-                "optimizer": optimizer.state_dict(),
-                "phase": phase,
-                "step": step,
-            }
+        is_main = self.accelerator.is_main_process
+        state = {
+            "trainable": trainable_state(self.model, keep=is_main),
+            "optimizer": optimizer_state(self.optimizer, keep=is_main),
+            "phase": phase,
+            "step": step,
+        }
+        if is_main:
             with replacing(self.state_path) as partial:
                 torch.save(state, partial)
+        self.accelerator.wait_for_everyone()
 
 
 def build_model(recipe: VitalRecipe, backbone_dir: Path, decoder_dir: Path | None) -> VitalModel:
@@ -253,6 +242,12 @@ def build_model(recipe: VitalRecipe, backbone_dir: Path, decoder_dir: Path | Non
         decoder = AutoModelForCausalLM.from_pretrained(decoder_dir, dtype=torch.float32)
     scaffold = Scaffold.build(recipe.projector, width, recipe.feature_width, decoder)
     return VitalModel(attach_adapter(backbone, recipe.adapter), scaffold, recipe.losses, recipe.recompute)
+
+
+def _directories(recipe: VitalRecipe) -> tuple[Path, Path | None]:
+    """Of the backbone and the text decoder; None for a tiny one."""
+    decoder = None if recipe.text_decoder == TINY else resolve(recipe.text_decoder, "text_decoder")
+    return resolve(recipe.backbone, "backbone"), decoder
 
 
 def stage_name(phase: int) -> str:
@@ -288,21 +283,3 @@ def new_optimizer(model: VitalModel, recipe: VitalRecipe) -> torch.optim.AdamW:
 
 def seed_of(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-
-
-def trainable_state(model: VitalModel) -> dict[str, dict[str, torch.Tensor]]:
-    return {"adapter": get_peft_model_state_dict(model.backbone), "scaffold": model.scaffold.state_dict()}
-
-
-def load_trainable(model: VitalModel, state: dict[str, dict[str, torch.Tensor]]) -> None:
-    set_peft_model_state_dict(model.backbone, state["adapter"])
-    model.scaffold.load_state_dict(state["scaffold"])
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A dataclass of tensors, nested, moved."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: to_device(getattr(value, name), device) for name in value.__dataclass_fields__})
-    return value

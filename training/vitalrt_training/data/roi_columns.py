@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import track
 
 from vitalrt.errors import VitalError
-from vitalrt_training.data.roi import RoiFeature, VisionEncoder, global_features, roi_features
+from vitalrt.model.vision_encoder import VisionEncoder
+from vitalrt_training.data.roi import RoiFeature, global_features, roi_features
 from vitalrt_training.data.tables import SAMPLES_SCHEMA, load_tables, read_picture, write_rows
 from vitalrt_training.run_files import replacing
 

@@ -75,6 +75,7 @@ class Tables:
 
     images, samples: HF datasets with the columns of the schemas.  image_rows: int64, the row in `images` of each
     sample's picture.  num_steps: int64, K of each sample.  splits: of each sample, as a place in SPLITS.
+    encoder_id: whose features the table holds; "" where it has none.
     """
 
     directory: Path
@@ -83,6 +84,7 @@ class Tables:
     image_rows: np.ndarray
     num_steps: np.ndarray
     splits: np.ndarray
+    encoder_id: str
 
     def select(self, split: str, max_steps: int | None = None) -> np.ndarray:
         """Rows of the samples of a split, those with K <= max_steps where that is given."""
@@ -114,8 +116,8 @@ def load_tables(directory: str | os.PathLike[str], cache_dir: str | os.PathLike[
     images = _open(folder / "images.parquet", IMAGES_SCHEMA, cache_dir, optional=("path", "bytes"))
     samples = _open(folder / "samples.parquet", SAMPLES_SCHEMA, cache_dir)
     row_of_id, image_splits = _check_images(images)
-    image_rows, num_steps = _check_samples(samples, row_of_id)
-    return Tables(folder, images, samples, image_rows, num_steps, image_splits[image_rows])
+    image_rows, num_steps, encoder_id = _check_samples(samples, row_of_id)
+    return Tables(folder, images, samples, image_rows, num_steps, image_splits[image_rows], encoder_id)
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
@@ -240,8 +242,8 @@ def _check_images(images: Dataset) -> tuple[dict[str, int], np.ndarray]:
     return row_of_id, np.array(splits, dtype=np.int64)
 
 
-def _check_samples(samples: Dataset, row_of_id: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the image row and the number of steps of each sample. row_of_id: of the images."""
+def _check_samples(samples: Dataset, row_of_id: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Returns the image row and the number of steps of each sample, and the encoder. row_of_id: of the images."""
     seen: set[str] = set()
     encoders: set[str] = set()
     image_rows: list[int] = []
@@ -266,7 +268,7 @@ def _check_samples(samples: Dataset, row_of_id: Mapping[str, int]) -> tuple[np.n
         encoders.update(batch["encoder_id"].drop_null().to_pylist())
         if len(encoders) > 1:
             raise VitalError(f"samples: expected the features of one encoder, got those of {sorted(encoders)}")
-    return np.array(image_rows, dtype=np.int64), np.concatenate(num_steps)
+    return np.array(image_rows, dtype=np.int64), np.concatenate(num_steps), next(iter(encoders), "")
 
 
 def _check_features(batch: pa.RecordBatch, name: str, width: int | None) -> int | None:

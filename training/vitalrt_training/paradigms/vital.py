@@ -20,13 +20,15 @@ from vitalrt_training.data.batches import Asked, Batch, Collator, pad_targets
 from vitalrt_training.data.tables import Tables
 from vitalrt_training.latent_loop import LoopOutput, run_loop
 from vitalrt_training.losses import LossConfig, Mean, task_loss, text_loss, visual_loss, visual_targets
+from vitalrt_training.vision_cache import VisionCache
 
 
 @dataclass(frozen=True)
 class VitalBatch:
     """prompt: pictures, questions, answers.  num_steps: [N], each sample's K.  sample_ids: for messages.
 
-    chain_ids: [N, K, L], IGNORED where a step is shorter or has no words.
+    chain_ids: [N, K, L], IGNORED where a step is shorter or has no words. Its K is that of the whole batch, of which
+    this may be one process's part: all of them take as many steps.
     roi, global_feature: [N, v], zeros where has_roi is False, which losses leave out; global_feature is None where the
     table has none.
     """
@@ -50,8 +52,11 @@ class VitalCollator:
         self.tables = tables
         self.feature_width = feature_width
 
-    def collate(self, rows: Sequence[int], k: int | None = None) -> VitalBatch:
-        """k: latent steps of every sample; None: each sample's own, the length of its chain."""
+    def collate(self, rows: Sequence[int], k: int | None = None, max_steps: int = 0) -> VitalBatch:
+        """k: latent steps of every sample; None: each sample's own, the length of its chain.
+
+        max_steps: at least so many steps are laid out, the further ones idle.
+        """
         rows = sorted(rows, key=lambda row: int(self.tables.image_rows[row]))
         samples = [self.tables.samples[row] for row in rows]
         asked: list[Asked] = []
@@ -63,12 +68,13 @@ class VitalCollator:
                 image_of_last = image
             asked[-1] = Asked(asked[-1].picture, [*asked[-1].questions, (sample["question"], sample["answer"])])
         chains = [sample["chain"][:k] for sample in samples]
+        num_steps = [len(chain) if k is None else k for chain in chains]
         features = [sample["roi_feature"] for sample in samples]
         overall = [sample["global_feature"] for sample in samples]
         return VitalBatch(
             self.collator.collate(asked),
-            torch.tensor([len(chain) if k is None else k for chain in chains]),
-            self._chain_ids(chains, max(map(len, chains)) if k is None else k),
+            torch.tensor(num_steps),
+            self._chain_ids(chains, max(max_steps, *num_steps)),
             self._stack(features),
             torch.tensor([feature is not None for feature in features]),
             None if any(feature is None for feature in overall) else self._stack(overall),
@@ -83,7 +89,8 @@ class VitalCollator:
             for chain in chains
             for step in range(num_steps)
         ]
-        return pad_targets(steps).view(len(chains), num_steps, -1 if steps else 0)
+        ids = pad_targets(steps)
+        return ids.view(len(chains), num_steps, ids.shape[1])
 
     def _stack(self, features: Sequence[Sequence[float] | None]) -> torch.Tensor:
         nothing = torch.zeros(self.feature_width)
@@ -94,11 +101,20 @@ class VitalModel(nn.Module):
     """backbone: a Qwen3-VL under PEFT.  A loss of weight 0 is not computed and its scaffolding gets no gradient.
 
     recompute: keep no activations of the backbone's layers, compute them again in the backward pass.
+    vision_cache: where what the vision tower says of pictures is kept; None computes it each time.
     """
 
-    def __init__(self, backbone: PeftModel, scaffold: Scaffold, losses: LossConfig, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: PeftModel,
+        scaffold: Scaffold,
+        losses: LossConfig,
+        recompute: bool = False,
+        vision_cache: VisionCache | None = None,
+    ) -> None:
         super().__init__()
         self.recompute = recompute
+        self.vision_cache = vision_cache
         self.backbone = backbone
         self.scaffold = scaffold
         self.losses = losses
@@ -128,7 +144,26 @@ class VitalModel(nn.Module):
 
     def think(self, batch: VitalBatch) -> LoopOutput:
         backbone = cast(Qwen3VLForConditionalGeneration, self.backbone.get_base_model())
-        return run_loop(backbone, batch.prompt, batch.num_steps, checkpoint=self.recompute)
+        prompt, vision = batch.prompt, None
+        if self.vision_cache is not None:
+            vision = self.vision_cache.encode(backbone.model.visual, prompt.pixel_values, prompt.image_grid_thw)
+        return run_loop(
+            backbone,
+            prompt,
+            batch.num_steps,
+            max_steps=batch.chain_ids.shape[1],
+            vision=vision,
+            checkpoint=self.recompute,
+        )
 
     def weight_of(self, name: str) -> float:
         return {"task": 1.0, "text": self.losses.text_weight, "visual": self.losses.visual_weight}[name]
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A dataclass of tensors, nested, moved."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if hasattr(value, "__dataclass_fields__"):
+        return type(value)(**{name: to_device(getattr(value, name), device) for name in value.__dataclass_fields__})
+    return value
