@@ -27,7 +27,7 @@ from vitalrt.serve.protocol import (
     Delta,
     Logprobs,
 )
-from vitalrt.serve.reply import Piece, Reply
+from vitalrt.serve.reply import Reply
 
 logger = logging.getLogger("vitalrt.serve")
 
@@ -35,7 +35,6 @@ logger = logging.getLogger("vitalrt.serve")
 class Answering:
     """One request that is in the engine. Whoever makes one sees to it that close() is called.
 
-    deadline: on the event loop's clock, deadline_s after the request arrived.
     on_close: is given the outcome, "done" or why there is no whole answer.
     """
 
@@ -44,15 +43,11 @@ class Answering:
         asked: ChatRequest,
         reply: Reply,
         request_id: str,
-        deadline: float,
-        deadline_s: float,
         on_close: Callable[[str], None],
     ) -> None:
         self.asked = asked
         self.reply = reply
         self.request_id = request_id
-        self._deadline = deadline
-        self._deadline_s = deadline_s
         self._on_close = on_close
         self._outcome = "disconnected"  # until it turns out otherwise
         self._created = int(time.time())
@@ -81,7 +76,7 @@ class Answering:
         try:
             for index in range(len(self.reply.texts)):
                 yield self._event(ChunkChoice(index=index, delta=Delta(role="assistant", content="")))
-            async for piece in self._pieces():
+            async for piece in self.reply.pieces():
                 if piece.text or (piece.logprobs and piece.logprobs.content):
                     delta = Delta(content=piece.text)
                     yield self._event(ChunkChoice(index=piece.index, delta=delta, logprobs=piece.logprobs))
@@ -105,13 +100,10 @@ class Answering:
     def close(self) -> None:
         self._on_close(self._outcome)
 
-    def _pieces(self) -> AsyncIterator[Piece]:
-        return self.reply.pieces(self._deadline, self._deadline_s)
-
     async def _collect(self) -> ChatCompletion:
         choices: list[Choice] = []
         logprobs: list[list[ContentLogprob]] = [[] for _ in self.reply.texts]
-        async for piece in self._pieces():
+        async for piece in self.reply.pieces():
             index = piece.index
             if piece.logprobs is not None:
                 logprobs[index] += piece.logprobs.content

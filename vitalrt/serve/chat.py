@@ -12,19 +12,19 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from vitalrt.api import Model
-from vitalrt.engine.request import Decoding
+from vitalrt.engine.request import Decoding, Terms
 from vitalrt.errors import CapacityError, VitalError
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.serve.access import REQUEST_ID
 from vitalrt.serve.answering import Answering, EventStream
 from vitalrt.serve.audit import AuditLog
 from vitalrt.serve.conversation import PromptMaker
-from vitalrt.serve.errors import ApiError, bad_request, deadline_passed
+from vitalrt.serve.errors import ApiError, bad_request
 from vitalrt.serve.models import Catalog
-from vitalrt.serve.protocol import ChatRequest, parse
+from vitalrt.serve.protocol import ChatRequest, VitalOptions, parse
 from vitalrt.serve.reply import Reply
 from vitalrt.serve.settings import ServeConfig
-from vitalrt.serve.worker import Job, Worker
+from vitalrt.serve.worker import Deadline, Job, Worker
 
 READING_THREADS = 2  # images are decoded and texts tokenized beside the event loop
 T = TypeVar("T")
@@ -61,22 +61,26 @@ class Chat:
 
     async def _admit(self, request: Request) -> Answering:
         """Read, check and prepare the request and hand it to the engine."""
-        deadline = asyncio.get_running_loop().time() + self.config.deadline_s
+        arrived = asyncio.get_running_loop().time()
+        deadline = Deadline(arrived + self.config.deadline_s, self.config.deadline_s)
         self.worker.require_room()  # before the body is read
         try:
-            async with asyncio.timeout_at(deadline):
+            async with asyncio.timeout_at(deadline.at) as limit:
                 body = await read_body(request, self.config.max_body_bytes)
                 asked = await self._in_thread(parse, body)
+                if asked.vital.deadline_s is not None and asked.vital.deadline_s < deadline.seconds:
+                    deadline = Deadline(arrived + asked.vital.deadline_s, asked.vital.deadline_s)
+                    limit.reschedule(deadline.at)
                 decodings = self._decodings(asked)
-                job = self.worker.open(len(decodings), asked.vital.cache_salt)
+                job = self.worker.open(len(decodings), deadline)
                 try:
                     prompt = await self._in_thread(self.prompts.make, asked)
-                    await self._submit(job, prompt, decodings)
+                    await self._submit(job, prompt, decodings, asked.vital)
                 except BaseException:
                     self.worker.close(job)
                     raise
         except TimeoutError:
-            raise deadline_passed(self.config.deadline_s) from None
+            raise deadline.passed() from None
         texts = _texts(asked)
         asked.messages.clear()  # their images may be large, and are in the prompt now
         reply = Reply(asked, prompt, job, self.worker, self.model.processor)
@@ -86,7 +90,7 @@ class Chat:
             self.worker.close(job)
             self._record(request_id, outcome, asked, texts, reply, decodings[0].k)
 
-        return Answering(asked, reply, request_id, deadline, self.config.deadline_s, close)
+        return Answering(asked, reply, request_id, close)
 
     def _record(
         self, request_id: str, outcome: str, asked: ChatRequest, texts: list[list[str]], reply: Reply, k: int
@@ -143,14 +147,15 @@ class Chat:
             raise bad_request(f"vital.latent_steps: expected {fixed} as the model's name says", "vital.latent_steps")
         return next((k for k in (fixed, wanted) if k is not None), self.catalog.default_k)
 
-    async def _submit(self, job: Job, prompt: Prompt, decodings: list[Decoding]) -> None:
+    async def _submit(self, job: Job, prompt: Prompt, decodings: list[Decoding], wanted: VitalOptions) -> None:
         needed = prompt.num_tokens + decodings[0].k + decodings[0].max_new_tokens
         most = self.catalog.max_model_len
         if needed > most:
             came = f"prompt, latent steps and answer may take {needed} tokens, the model's context has {most}"
             raise bad_request(f"messages: {came}", "messages", "context_length_exceeded")
+        terms = Terms(wanted.priority, job.deadline.seconds_left, wanted.cache_salt)
         try:
-            await self.worker.submit(job, prompt, decodings)
+            await self.worker.submit(job, prompt, decodings, terms)
         except CapacityError:
             trouble = "prompt, latent steps and answer exceed the engine's cache"
             raise bad_request(f"messages: {trouble}", "messages", "context_length_exceeded") from None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily
 
 from vitalrt.engine.scheduler import Engine
 from vitalrt.serve.worker import Finished, Worker
@@ -25,6 +28,25 @@ class HttpMetrics:
     def render(self) -> bytes:
         """Prometheus text format 0.0.4."""
         return generate_latest(self.registry)
+
+
+class _EngineCounters:
+    """What the engine itself has counted since it was built."""
+
+    def __init__(self, engine: Engine, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        statistics = self._engine.statistics()
+        for name, text, value in (
+            ("num_preemptions", "Sequences that gave up their pages and waited again.", statistics.num_preemptions),
+            ("images_encoded", "Images that the vision tower saw.", statistics.images_encoded),
+            ("images_found", "Images whose features were in the cache.", statistics.images_found),
+        ):
+            family = CounterMetricFamily(f"vitalrt:{name}", text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family
 
 
 class Metrics(HttpMetrics):
@@ -66,12 +88,13 @@ class Metrics(HttpMetrics):
         rate.set_function(lambda: self._num_hits / max(1, self._num_queries))
         if isinstance(worker.engine, Engine):
             engine = worker.engine
+            self.registry.register(_EngineCounters(engine, self._model_name))
             usage = self._gauge("kv_cache_usage_perc", "Part of the cache's pages that requests hold; 1 is all.")
             usage.set_function(lambda: engine.statistics().pages_used / engine.cache.pool.num_blocks)
 
     def count_finished(self, finished: Finished) -> None:
         usage, timings = finished.usage, finished.timings
-        self._success.labels(self._model_name, finished.reason).inc()
+        self._success.labels(self._model_name, "abort" if finished.reason == "timeout" else finished.reason).inc()
         self._generation_tokens.inc(usage.completion_tokens)
         self._latent_steps.inc(usage.latent_steps)
         if finished.has_started:

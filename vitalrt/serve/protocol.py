@@ -13,6 +13,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARS = 64
 MAX_TOP_LOGPROBS = 20
 MAX_MESSAGES = 256
+MAX_PRIORITY = 100
 
 
 class _Given(BaseModel):
@@ -51,13 +52,15 @@ class StreamOptions(_Given):
 
 class VitalOptions(_Given):
     """window: [center, width], or the index of a DICOM file's own view.  cache_salt: requests share a prefix cache only
-    with those of the same salt."""
+    with those of the same salt.  priority: lower goes first.  deadline_s: from the arrival to the last byte."""
 
     latent_steps: int | None = Field(default=None, ge=0, le=MAX_LATENT_STEPS)
     return_latents: bool = False
     window: Annotated[int, Field(ge=0)] | Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     frame: int | None = Field(default=None, ge=0)
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    deadline_s: float | None = Field(default=None, gt=0)
 
 
 StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]

@@ -12,7 +12,7 @@ import torch
 
 from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Prompt
-from vitalrt.serve.errors import deadline_passed, internal_error
+from vitalrt.serve.errors import internal_error
 from vitalrt.serve.protocol import (
     ChatRequest,
     ChatUsage,
@@ -56,17 +56,14 @@ class Reply:
         ]
         self._finished: dict[int, Finished] = {}
 
-    async def pieces(self, deadline: float, deadline_s: float) -> AsyncIterator[Piece]:
-        """Until every choice has finished.  Raises ApiError when the deadline passes or a step fails.
-
-        deadline: on the event loop's clock, deadline_s after the request arrived.
-        """
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Until every choice has finished.  Raises ApiError when the job's deadline passes or a step fails."""
         while len(self._finished) < self.job.num_choices:
             try:
-                async with asyncio.timeout_at(deadline):
+                async with asyncio.timeout_at(self.job.deadline.at):
                     progress = await self.job.updates.get()
             except TimeoutError:
-                raise deadline_passed(deadline_s) from None
+                raise self.job.deadline.passed() from None
             piece = self._piece(progress)
             if piece is not None:
                 yield piece
@@ -102,7 +99,7 @@ class Reply:
             elif finished.reason == "length":
                 reason = "length"
             else:
-                raise internal_error()
+                raise self.job.deadline.passed() if finished.reason == "timeout" else internal_error()
             if self.asked.vital.return_latents:
                 vital = ChoiceExtras(latents=_encode(finished.latents))
         elif stream.is_stopped and not was_stopped:

@@ -22,14 +22,14 @@ from vitalrt.engine.sequence import Sequence as Running
 from vitalrt.errors import VitalError
 from vitalrt.export.runtime import OnnxEngine
 from vitalrt.inputs.prompt import Prompt
-from vitalrt.serve.errors import place_of, queue_full
+from vitalrt.serve.errors import ApiError, deadline_passed, place_of, queue_full
 
 logger = logging.getLogger("vitalrt.serve")
 
 
 @dataclass(frozen=True, eq=False)
 class Finished:
-    """reason: "stop", "length", "abort" (nobody waits for it any more) or "error" (a step failed).
+    """reason: "stop", "length", "timeout", "abort" (nobody waits for it any more) or "error" (a step failed).
 
     has_started: its prefill has begun.  latents: [K, d] float32 on the CPU.
     time_to_first_token_s, total_s: since the request arrived; the first is None without a token.
@@ -55,15 +55,27 @@ class Progress:
     finished: Finished | None
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """at: on the event loop's clock, `seconds` after the request arrived."""
+
+    at: float
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float:
+        return max(0.0, self.at - asyncio.get_running_loop().time())
+
+    def passed(self) -> ApiError:
+        return deadline_passed(self.seconds)
+
+
 class Job:
-    """One HTTP request: choices that answer the same prompt. Lives on the event loop.
+    """One HTTP request: choices that answer the same prompt. Lives on the event loop."""
 
-    cache_salt: keeps its prefix apart from other tenants'.
-    """
-
-    def __init__(self, num_choices: int, cache_salt: str | None) -> None:
+    def __init__(self, num_choices: int, deadline: Deadline) -> None:
         self.num_choices = num_choices
-        self.cache_salt = cache_salt
+        self.deadline = deadline
         self.num_waiting = num_choices
         self.arrived = time.perf_counter()
         self.updates: asyncio.Queue[Progress] = asyncio.Queue()
@@ -164,10 +176,10 @@ class Worker:
     def num_running(self) -> int:
         return sum(choice.has_started and not choice.sequence.is_finished for choice in list(self._choices))
 
-    def open(self, num_choices: int, cache_salt: str | None = None) -> Job:
+    def open(self, num_choices: int, deadline: Deadline) -> Job:
         """A place in the queue, until close().  Raises ApiError if it is full."""
         self.require_room(num_choices)
-        job = Job(num_choices, cache_salt)
+        job = Job(num_choices, deadline)
         self._jobs.add(job)
         return job
 
@@ -176,14 +188,13 @@ class Worker:
         if self.num_waiting + num_choices > self.max_queue:
             raise queue_full(self.max_queue)
 
-    async def submit(self, job: Job, prompt: Prompt, decodings: Sequence[Decoding]) -> None:
+    async def submit(self, job: Job, prompt: Prompt, decodings: Sequence[Decoding], terms: Terms) -> None:
         """All choices or none.  Raises InputError or CapacityError."""
         done: Future[None] = Future()
 
         def submit() -> None:
             choices: list[_Choice] = []
             try:
-                terms = Terms(cache_salt=job.cache_salt)
                 for index, decoding in enumerate(decodings):
                     choices.append(_Choice(job, index, self.engine.submit(prompt, decoding, terms)))
             except Exception as error:
