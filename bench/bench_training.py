@@ -209,7 +209,7 @@ def build(case: Case, directory: Path) -> tuple[PeftModel, Batch]:
         phantom = draw_phantom("train", 0, index)
         picture = Image.fromarray(phantom.image).resize((case.picture_side, case.picture_side))
         samples = ask(phantom)[: case.questions_per_picture]
-        asked.append(Asked(np.array(picture), [(sample.question, sample.answer) for sample in samples]))
+        asked.append(Asked([np.array(picture)], [(sample.question, sample.answer) for sample in samples]))
     batch = Collator(directory).collate(asked)
     return attach_adapter(new_backbone(config, seed=0), AdapterConfig()), batch
 

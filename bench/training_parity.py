@@ -61,7 +61,7 @@ def compare(
     prompts = [runtime.prepare(one.picture, sample.question) for one in shown for sample in one.samples]
     steps = np.random.default_rng(seed).integers(MOST_STEPS + 1, size=len(prompts))
     answers = runtime.run(prompts, k=steps.tolist(), max_new_tokens=MAX_ANSWER_TOKENS, return_logits=True)
-    batch = collator.collate([Asked(one.picture, [(s.question, "") for s in one.samples]) for one in shown])
+    batch = collator.collate([Asked([one.picture], [(s.question, "") for s in one.samples]) for one in shown])
     batch = replace(batch, answer_ids=pad_targets([_choices(answer) for answer in answers]))
     if right:
         batch = replace(batch, prefix=_pad_right(batch.prefix), question=_pad_right(batch.question))

@@ -125,7 +125,7 @@ def data_phantom(arguments: argparse.Namespace) -> None:
 
 
 def data_roi(arguments: argparse.Namespace) -> None:
-    """Add ROI features, by any SigLIP or CLIP vision encoder, to the samples table of a data set with masks."""
+    """Add ROI features, by a SigLIP, a CLIP or a backbone's own tower, to the samples table of data with masks."""
     with _needs("train"):
         from vitalrt_training.data.roi_columns import add_roi_features
     add_roi_features(arguments.data, arguments.encoder, arguments.device)
@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR")
     verb = _verb(kinds, "roi", data_roi)
     verb.add_argument("data", metavar="DIR", help="a data set with masks; its samples table is filled")
-    verb.add_argument("--encoder", required=True, metavar="DIR", help="SigLIP or CLIP directory or hub id")
+    verb.add_argument("--encoder", required=True, metavar="DIR", help="SigLIP, CLIP or Qwen3-VL directory")
     verb.add_argument("--device", default="cpu")
 
     kinds = verbs.add_parser("export", help="write deployment graphs").add_subparsers(required=True, metavar="KIND")

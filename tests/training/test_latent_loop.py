@@ -10,7 +10,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import vitalrt
 from vitalrt.errors import VitalError
-from vitalrt_training.data.batches import PhantomBatches, Tokens
+from vitalrt_training.data.batches import Asked, Collator, Tokens
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.latent_loop import run_loop
 
@@ -25,24 +25,32 @@ def pad_right(tokens):
     return moved
 
 
-def ask_some(num_pictures, num_questions):
-    phantoms = [draw_phantom("test", 1, index) for index in range(num_pictures)]
-    return [(phantom, ask(phantom)[:num_questions]) for phantom in phantoms]
+def ask_some(*num_questions, pictures_each=1):
+    """For each number so many questions, about the next picture or pictures together."""
+    phantoms = iter(draw_phantom("test", 1, index) for index in range(len(num_questions) * pictures_each))
+    groups = [(number, [next(phantoms) for _ in range(pictures_each)]) for number in num_questions]
+    return [
+        Asked([phantom.image for phantom in shown], [(s.question, s.answer) for s in ask(shown[0])[:number]])
+        for number, shown in groups
+    ]
 
 
-@pytest.mark.parametrize("num_pictures, num_questions", [(2, 4), (5, 1)])
+@pytest.mark.parametrize(
+    "asked",
+    [ask_some(4, 4), ask_some(1, 1, 1, 1, 1), ask_some(3, 1, pictures_each=2)],
+    ids=["questions share a picture", "a picture each", "two pictures each"],
+)
 @pytest.mark.parametrize("padding", ["left", "right"])
-def test_mixed_k_in_a_padded_batch_equals_the_runtime(random_phantom, num_pictures, num_questions, padding):
-    asked = ask_some(num_pictures, num_questions)
+def test_mixed_k_in_a_padded_batch_equals_the_runtime(random_phantom, asked, padding):
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(random_phantom, dtype=torch.float32).eval()
-    batch = PhantomBatches(random_phantom, seed=1, images_per_batch=2).collate(asked)
+    batch = Collator(random_phantom).collate(asked)
     if padding == "right":
         batch = replace(batch, prefix=pad_right(batch.prefix), question=pad_right(batch.question))
     num_steps = torch.arange(batch.num_samples) % 5
     with torch.no_grad():
         loop = run_loop(theirs, batch, num_steps)
     runtime = vitalrt.load(random_phantom, device="cpu")
-    prompts = [runtime.prepare(phantom.image, sample.question) for phantom, samples in asked for sample in samples]
+    prompts = [runtime.prepare(list(one.pictures), question) for one in asked for question, _ in one.questions]
     answers = runtime.run(prompts, k=num_steps.tolist(), max_new_tokens=1, return_logits=True)
     for row, answer in enumerate(answers):
         torch.testing.assert_close(answer.logits[0], loop.logits[row, 0], rtol=1e-4, atol=1e-4)
@@ -55,6 +63,6 @@ def test_mixed_k_in_a_padded_batch_equals_the_runtime(random_phantom, num_pictur
 def test_transformers_own_checkpointing_is_refused(random_phantom):
     model = Qwen3VLForConditionalGeneration.from_pretrained(random_phantom).train()
     model.gradient_checkpointing_enable()
-    batch = PhantomBatches(random_phantom, seed=1, images_per_batch=1).collate(ask_some(1, 1))
+    batch = Collator(random_phantom).collate(ask_some(1))
     with pytest.raises(VitalError, match="checkpoint=True"):
         run_loop(model, batch, torch.ones(batch.num_samples, dtype=torch.int64))

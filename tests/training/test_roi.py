@@ -12,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    AutoImageProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
     CLIPVisionModel,
+    Qwen3VLForConditionalGeneration,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from vitalrt.errors import CheckpointError, VitalError
-from vitalrt.model.vision_encoder import VisionEncoder
+from vitalrt.model.vision_encoder import VisionEncoder, open_encoder
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.data.roi import (
     global_features,
@@ -233,6 +235,35 @@ def test_real_encoders_give_their_last_blocks_patches(encoders, name):
     (roi,) = roi_features(encoder, [(image, mask)])
     pooled = expected.unflatten(0, (4, 4))[:2, :2].mean(dim=(0, 1))
     np.testing.assert_allclose(roi.feature, unit(pooled), rtol=1e-3, atol=1e-4)
+
+
+def test_a_backbones_own_tower_gives_its_last_blocks_patches(random_phantom):
+    """In rows and columns, though the tower takes them two by two."""
+    model = Qwen3VLForConditionalGeneration.from_pretrained(random_phantom).eval()
+    encoder = open_encoder(random_phantom)
+    side, patch = encoder.grid[0], model.config.vision_config.patch_size
+    image = np.random.default_rng(3).integers(0, 255, (side * patch, side * patch, 3)).astype(np.uint8)
+    images = [image, image[::-1].copy()]
+    processor = AutoImageProcessor.from_pretrained(random_phantom, backend="pil")
+    last = []
+    model.model.visual.blocks[-1].register_forward_hook(lambda _module, _args, out: last.append(out))
+    with torch.no_grad():
+        for one in images:
+            patches = processor(images=one, return_tensors="pt")
+            model.model.visual(patches["pixel_values"], grid_thw=patches["image_grid_thw"])
+    found = encoder.encode(images)
+    assert found.shape == (2, side, side, model.config.vision_config.hidden_size) == (2, *encoder.grid, encoder.width)
+    half, pair = range(side // 2), (0, 1)
+    rows = [2 * row + i for row in half for _ in half for i in pair for _ in pair]
+    columns = [2 * column + j for _ in half for column in half for _ in pair for j in pair]
+    for one, expected in zip(found, last, strict=True):
+        torch.testing.assert_close(one[rows, columns], expected, rtol=1e-4, atol=1e-5)
+    assert encoder.id == open_encoder(random_phantom).id and encoder.id.startswith("qwen3_vl-")
+    # The rule takes it as any other.
+    mask = np.zeros(image.shape[:2], bool)
+    mask[: len(mask) // 2] = True
+    (roi,) = roi_features(encoder, [(image, mask)])
+    np.testing.assert_allclose(roi.feature, unit(found[0][: side // 2].mean(dim=(0, 1))), rtol=1e-3, atol=1e-4)
 
 
 def test_an_encoders_id_follows_its_weights(encoders, tmp_path):

@@ -27,7 +27,7 @@ def model(random_phantom):
 @pytest.fixture(scope="module")
 def batch(random_phantom):
     phantoms = [draw_phantom("train", 0, index) for index in range(NUM_PICTURES)]
-    asked = [Asked(p.image, [(s.question, s.answer) for s in ask(p)[:2]]) for p in phantoms]
+    asked = [Asked([p.image], [(s.question, s.answer) for s in ask(p)[:2]]) for p in phantoms]
     return Collator(random_phantom).collate(asked)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,7 +30,8 @@ from vitalrt_training.adapter import AdapterConfig
 from vitalrt_training.backbone import TINY, generation_config, new_backbone, phantom_config, save_preprocessor
 from vitalrt_training.data.phantom import ask, draw_phantom
 from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, load_tables, write_rows
-from vitalrt_training.losses import IGNORED, LossConfig
+from vitalrt_training.losses import IGNORED, LossConfig, Mean
+from vitalrt_training.paradigms import vital
 from vitalrt_training.plan import plan
 from vitalrt_training.recipes import vital_8b
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
@@ -426,6 +428,37 @@ def test_every_loss_reaches_adapter_and_scaffolding(recipe, tmp_path):
 def test_an_exploding_loss_stops_the_run_and_names_samples_and_state(recipe, tmp_path):
     with pytest.raises(VitalError, match=r"step 0 of phase 1, samples \['s\d+'.*state.pt"):
         train_vital(replace(recipe, loss_limit=1e-6), tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipe, tmp_path, monkeypatch):
+    def broken(logits, answer_ids):
+        return Mean(logits.sum() * float("nan"), torch.ones(()))
+
+    monkeypatch.setattr(vital, "task_loss", broken)
+    with pytest.raises(VitalError, match=r"loss nan at step 0 of phase 1, samples \['s\d+'.*state.pt"):
+        train_vital(recipe, tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_autocast_computes_in_bf16_and_sums_losses_in_fp32(recipe, tmp_path):
+    """Over a bf16 backbone, as vital_8b runs; the losses are those of fp32 up to bf16's three digits."""
+    found = {}
+    for precision in ("no", "bf16"):
+        accelerator = vital_trainer.Accelerator(mixed_precision=precision, cpu=True)
+        run = VitalRun(replace(recipe, precision=precision), tmp_path / precision, accelerator)
+        run.model.eval()
+        with accelerator.autocast():
+            found[precision] = run.model(run.collator.collate([1, 2, 3, 5]))
+            latents = run.model.think(run.collator.collate([1, 2, 3, 5])).latents
+        AcceleratorState._reset_state(reset_partial_state=True)
+    backbone = run.model.backbone
+    assert {p.dtype for p in backbone.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in run.model.parameters() if p.requires_grad} == {torch.float32}
+    assert latents[0].dtype == torch.bfloat16
+    for name, mean in found["bf16"].items():
+        assert mean.total.dtype == torch.float32
+        assert float(mean.value()) == pytest.approx(float(found["no"][name].value()), rel=0.03)
+        assert float(mean.value()) != float(found["no"][name].value())
 
 
 def test_a_full_disk_leaves_the_last_good_state(recipe, tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ def mean_tokens(recipe: VitalRecipe, tables: Tables) -> float:
     lengths = []
     for row in rows.tolist():
         sample = tables.samples[row]
-        batch = collator.collate([Asked(tables.read_picture(row), [(sample["question"], sample["answer"])])])
+        batch = collator.collate([Asked([tables.read_picture(row)], [(sample["question"], sample["answer"])])])
         lengths.append(batch.prefix.ids.numel() + batch.question.ids.numel() + batch.answer_ids.numel())
     return float(np.mean(lengths) + tables.num_steps[rows].mean())
 

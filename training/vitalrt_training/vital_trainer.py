@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,7 @@ class VitalRun:
                 done = step + 1
                 if done % self.recipe.checkpoint_every == 0 or done == num_steps:
                     self._save(index + 1 if done == num_steps else index, 0 if done == num_steps else done)
-                bar.update(task, advance=1, status=f"loss {record['loss']:.3f}")
+                bar.update(task, advance=1, status=status_of(record))
 
     def release(self) -> None:
         """Let go of what was trained; its last state is on disk."""
@@ -207,6 +207,7 @@ class VitalRun:
             "grad_norm": norm,
             "learning_rate": rate,
             "samples": self.recipe.batch_size,
+            "tokens": int(self.accelerator.reduce(batch.num_tokens, "sum")),
             "seconds": round(time.perf_counter() - started, 3),
         }
 
@@ -248,6 +249,12 @@ def _directories(recipe: VitalRecipe) -> tuple[Path, Path | None]:
     """Of the backbone and the text decoder; None for a tiny one."""
     decoder = None if recipe.text_decoder == TINY else resolve(recipe.text_decoder, "text_decoder")
     return resolve(recipe.backbone, "backbone"), decoder
+
+
+def status_of(record: Mapping[str, Any]) -> str:
+    """What stands behind the progress bar: the loss, its parts before their weights, how fast it goes."""
+    parts = [f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if name.startswith("loss_")]
+    return f"loss {record['loss']:.3f} ({', '.join(parts)})  {record['tokens'] / record['seconds']:,.0f} tokens/s"
 
 
 def stage_name(phase: int) -> str:

@@ -1,4 +1,4 @@
-"""The frozen vision encoder whose features the visual projector aims at: any SigLIP or CLIP.
+"""The frozen vision encoder whose features the visual projector aims at: any SigLIP or CLIP, or a Qwen3-VL's own tower.
 
 N images, H, W pixels; R, C rows and columns of the patch grid; d_v feature width.
 """
@@ -6,17 +6,96 @@ N images, H, W pixels; R, C rows and columns of the patch grid; d_v feature widt
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
+from vitalrt.checkpoint import WeightFiles
+from vitalrt.config import read_json
 from vitalrt.errors import CheckpointError
+from vitalrt.inputs.processor import PatchOptions, patchify
 
 _MODEL_TYPES = ("siglip", "siglip_vision_model", "clip", "clip_vision_model")
+_BACKBONE = "qwen3_vl"
+
+
+class PatchEncoder(Protocol):
+    """id: names the encoder and its weights.  grid: (R, C).  width: d_v."""
+
+    id: str
+    grid: tuple[int, int]
+    width: int
+
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """images: uint8 [H, W, 3] of any size, stretched to the encoder's own.  Returns float32 [N, R, C, d_v]."""
+        ...
+
+
+def open_encoder(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> PatchEncoder:
+    """Whichever of the two below the directory holds.  Raises CheckpointError where it holds neither."""
+    path = Path(directory)
+    is_backbone = (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == _BACKBONE
+    return BackboneEncoder(path, device) if is_backbone else VisionEncoder(path, device)
+
+
+class BackboneEncoder:
+    """A Qwen3-VL's own vision tower: the output of its last block, before patches are merged to visual tokens.
+
+    Images are stretched to the square that its position embeddings were made for.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> None:
+        """directory: of the whole model, of which only the tower is read.  Raises CheckpointError where it has none."""
+        from transformers import Qwen3VLConfig
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+        path = Path(directory)
+        config: Any = Qwen3VLConfig.from_pretrained(path).vision_config
+        with WeightFiles(path) as files:
+            weights = {name.split("visual.")[1]: files.read(name) for name in files.names() if "visual." in name}
+        self._model = Qwen3VLVisionModel(config)
+        try:
+            self._model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(f"encoder: expected a whole vision tower in {path}: {error}") from error
+        self._model.eval().requires_grad_(False).to(device)
+        side = math.isqrt(config.num_position_embeddings)
+        self._image_side = side * config.patch_size
+        options = PatchOptions.from_directory(path)
+        self._options = replace(options, min_pixels=1, max_pixels=self._image_side**2)
+        self._device = torch.device(device)
+        self.grid = (side, side)
+        self.width: int = config.hidden_size
+        digest = hashlib.sha256(repr(self._options).encode())
+        for name, weight in self._model.state_dict().items():
+            digest.update(name.encode() + weight.cpu().numpy().tobytes())
+        self.id = f"{_BACKBONE}-{digest.hexdigest()[:16]}"
+
+    @torch.inference_mode()
+    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
+        """See PatchEncoder."""
+        size = (self._image_side, self._image_side)
+        stretched = [np.asarray(Image.fromarray(i).resize(size, Image.Resampling.BICUBIC)) for i in images]
+        patches, grids = zip(*(patchify(image, self._options) for image in stretched), strict=True)
+        pixels = torch.from_numpy(np.concatenate(patches)).to(self._device)
+        last_block: list[torch.Tensor] = []
+        hook = self._model.blocks[-1].register_forward_hook(lambda _m, _in, out: last_block.append(out))
+        try:
+            self._model(pixels, grid_thw=torch.tensor(grids, device=self._device))
+        finally:
+            hook.remove()
+        merge = self._options.merge_size
+        rows, columns = (side // merge for side in self.grid)
+        # From merge-block order to rows and columns.
+        blocks = last_block[0].view(len(images), rows, columns, merge, merge, self.width)
+        return blocks.transpose(2, 3).reshape(len(images), *self.grid, self.width).float().cpu()
 
 
 class VisionEncoder:

@@ -70,9 +70,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture (uint8 [H, W, 3]) and its questions, each with the answer to be learnt."""
+    """Pictures (uint8 [H, W, 3]) and the questions about them together, each with the answer to be learnt."""
 
-    picture: np.ndarray
+    pictures: Sequence[np.ndarray]
     questions: Sequence[tuple[str, str]]
 
 
@@ -86,16 +86,18 @@ class Collator:
         self._prompt = lru_cache(maxsize=65536)(self._tokenize)
 
     def collate(self, asked: Sequence[Asked]) -> Batch:
-        """One group per picture; every picture has at least one question."""
-        patches, grids, answers, following, group_of_sample = [], [], [], [], []
+        """One group per entry; every entry has at least one picture and one question."""
+        patches, answers, following, group_of_sample = [], [], [], []
+        grids: list[Grid] = []
         prefixes: list[tuple[torch.Tensor, torch.Tensor]] = []
         questions: list[tuple[torch.Tensor, torch.Tensor]] = []
         for group, one in enumerate(asked):
-            values, grid = patchify(one.picture, self.processor.patch_options)
-            patches.append(values)
-            grids.append(grid)
+            found = [patchify(picture, self.processor.patch_options) for picture in one.pictures]
+            patches += [values for values, _ in found]
+            own_grids = tuple(grid for _, grid in found)
+            grids += own_grids
             for question, answer in one.questions:
-                ids, positions, next_position = self._prompt(question, grid)
+                ids, positions, next_position = self._prompt(question, own_grids)
                 shared = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
                 if len(prefixes) == group:
                     prefixes.append((ids[:shared], positions[:, :shared]))
@@ -114,9 +116,9 @@ class Collator:
             torch.tensor(grids),
         )
 
-    def _tokenize(self, question: str, grid: Grid) -> tuple[torch.Tensor, torch.Tensor, int]:
-        ids = torch.tensor(self.processor.tokenize(question, [grid]))
-        return ids, *mrope_positions(ids, [grid], self.config)
+    def _tokenize(self, question: str, grids: tuple[Grid, ...]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        ids = torch.tensor(self.processor.tokenize(question, grids))
+        return ids, *mrope_positions(ids, grids, self.config)
 
 
 def pad_targets(rows: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -143,12 +145,12 @@ class PhantomBatches:
         asked = []
         for phantom in self._phantoms(index):
             order = make_rng(phantom.split, phantom.seed, phantom.index, CAPTION_STREAM)
-            asked.append(Asked(phantom.image, [(REQUEST, describe_scene(phantom, order)) for _ in range(2)]))
+            asked.append(Asked([phantom.image], [(REQUEST, describe_scene(phantom, order)) for _ in range(2)]))
         return self.collator.collate(asked)
 
     def collate(self, asked: Sequence[tuple[Phantom, Sequence[Sample]]]) -> Batch:
         return self.collator.collate(
-            [Asked(phantom.image, [(s.question, s.answer) for s in samples]) for phantom, samples in asked]
+            [Asked([phantom.image], [(s.question, s.answer) for s in samples]) for phantom, samples in asked]
         )
 
     def _phantoms(self, index: int) -> list[Phantom]:

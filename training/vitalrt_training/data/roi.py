@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.functional import interpolate, normalize
 
 from vitalrt.errors import VitalError
+from vitalrt.model.vision_encoder import PatchEncoder
 from vitalrt_training.data.phantom import Phantom, Sample
 
 FULL_IMAGE_AREA = 0.20
@@ -28,16 +29,6 @@ MASK_SHARE = 0.3
 CONTENT_SHARE = 0.5
 """A patch of a padded crop counts as content from this share of its area on."""
 NUM_TOP_PATCHES = 5
-
-
-class PatchEncoder(Protocol):
-    """What the rule needs of an encoder. grid: (R, C)."""
-
-    grid: tuple[int, int]
-
-    def encode(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """images: uint8 [H, W, 3] of any size, stretched to the encoder's own.  Returns float32 [N, R, C, d_v]."""
-        ...
 
 
 @dataclass(frozen=True)

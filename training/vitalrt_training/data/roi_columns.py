@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from vitalrt.errors import VitalError
-from vitalrt.model.vision_encoder import VisionEncoder
+from vitalrt.model.vision_encoder import PatchEncoder, open_encoder
 from vitalrt_training.data.roi import RoiFeature, global_features, roi_features
 from vitalrt_training.data.tables import SAMPLES_SCHEMA, load_tables, read_picture, write_rows
 from vitalrt_training.run_files import replacing
@@ -63,7 +63,7 @@ def add_roi_features(
     for path, exists in ((samples_path, samples_path.is_file()), (folder / "masks", (folder / "masks").is_dir())):
         if not exists:
             raise VitalError(f"table_dir: expected {path.name} in {folder}, found none")
-    encoder = VisionEncoder(encoder_dir, device)
+    encoder = open_encoder(encoder_dir, device)
     with samples_path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     shards = folder / f".roi-{encoder.id}-{digest[:16]}"
@@ -107,7 +107,7 @@ def read_mask(files: Mapping[tuple[str, str], list[Path]], image: Mapping[str, A
 def _fill(
     folder: Path,
     files: Mapping[tuple[str, str], list[Path]],
-    encoder: VisionEncoder,
+    encoder: PatchEncoder,
     samples: list[dict[str, Any]],
     images: list[dict[str, Any]],
     batch_size: int,

@@ -19,7 +19,7 @@ from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.data.batches import Asked, Batch, Collator, pad_targets
 from vitalrt_training.data.tables import Tables
 from vitalrt_training.latent_loop import LoopOutput, run_loop
-from vitalrt_training.losses import LossConfig, Mean, task_loss, text_loss, visual_loss, visual_targets
+from vitalrt_training.losses import IGNORED, LossConfig, Mean, task_loss, text_loss, visual_loss, visual_targets
 from vitalrt_training.vision_cache import VisionCache
 
 
@@ -40,6 +40,12 @@ class VitalBatch:
     has_roi: torch.Tensor
     global_feature: torch.Tensor | None
     sample_ids: list[str]
+
+    @property
+    def num_tokens(self) -> torch.Tensor:
+        """What the backbone computes, padding and idle steps not counted: prompts, latents, answers."""
+        fed = (self.prompt.answer_ids != IGNORED).sum() - self.prompt.num_samples
+        return self.prompt.prefix.mask.sum() + self.prompt.question.mask.sum() + self.num_steps.sum() + fed
 
 
 class VitalCollator:
@@ -64,9 +70,9 @@ class VitalCollator:
         for row, sample in zip(rows, samples, strict=True):
             image = int(self.tables.image_rows[row])
             if image != image_of_last:
-                asked.append(Asked(self.tables.read_picture(row), []))
+                asked.append(Asked([self.tables.read_picture(row)], []))
                 image_of_last = image
-            asked[-1] = Asked(asked[-1].picture, [*asked[-1].questions, (sample["question"], sample["answer"])])
+            asked[-1] = Asked(asked[-1].pictures, [*asked[-1].questions, (sample["question"], sample["answer"])])
         chains = [sample["chain"][:k] for sample in samples]
         num_steps = [len(chain) if k is None else k for chain in chains]
         features = [sample["roi_feature"] for sample in samples]
