@@ -22,8 +22,8 @@ from rich.table import Table
 
 import vitalrt
 from bench.bench_latency import ReplayClock
+from bench.files import commit, replace_whole
 from bench.onnx_accuracy import INT8, environment, exports
-from bench.report import commit, replace_whole
 from vitalrt.api import Model
 from vitalrt.describe import describe_model
 from vitalrt.export.runtime import OnnxEngine

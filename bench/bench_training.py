@@ -29,10 +29,11 @@ from transformers import AutoTokenizer, DynamicCache, Qwen3VLConfig, Qwen3VLForC
 
 import vitalrt
 from bench.bench_latency import ReplayClock
-from bench.report import commit, replace_whole
+from bench.files import commit, replace_whole
 from vitalrt import latency
 from vitalrt.api import BUNDLED
-from vitalrt.latency import Spread, rounded
+from vitalrt.latency import rounded
+from vitalrt.spread import Spread
 from vitalrt_training.adapter import AdapterConfig, attach_adapter
 from vitalrt_training.backbone import PREPROCESSOR, new_backbone
 from vitalrt_training.data.batches import Asked, Batch, Collator

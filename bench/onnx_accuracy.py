@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import vitalrt
-from bench.report import commit, replace_whole
+from bench.files import commit, replace_whole
 from vitalrt import export, latency
 from vitalrt.api import BUNDLED, Model
 from vitalrt.config import read_json

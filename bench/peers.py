@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, DynamicCache, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil, Qwen3VLForConditionalGeneration
 
+from bench.published_loop import think_and_answer
 from vitalrt.latency import MAX_NEW_TOKENS, Thought
 
 ENGINE = "transformers"
@@ -57,16 +58,7 @@ class TransformersPeer:
     @torch.inference_mode()
     def think(self, image: Path, question: str, k: int) -> list[int]:
         """K latent steps and then greedy decoding on the same DynamicCache: ids as generate() gives them."""
-        cache = DynamicCache(config=self.model.config)
-        hidden = self.model.model(**self.prepare(image, question), past_key_values=cache).last_hidden_state[:, -1:]
-        for _ in range(k):
-            hidden = self.model.model(inputs_embeds=hidden, past_key_values=cache).last_hidden_state
-        token = self.model.lm_head(hidden).argmax(-1)  # [1, 1]
-        token_ids = [token.item()]
-        while token_ids[-1] not in self.stop_ids and len(token_ids) < MAX_NEW_TOKENS:
-            hidden = self.model.model(input_ids=token, past_key_values=cache).last_hidden_state
-            token = self.model.lm_head(hidden).argmax(-1)
-            token_ids.append(token.item())
+        token_ids = think_and_answer(self.model, self.prepare(image, question), k, MAX_NEW_TOKENS, self.stop_ids)
         return self._decoded(token_ids)
 
     def prepare(self, image: Path, question: str) -> dict[str, torch.Tensor]:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from bench.files import commit, replace_whole
 from bench.peers import ENGINE as PEER
-from vitalrt.latency import ENGINE, LATENT, WRITTEN, Row, Spread, Thought, record, rounded, speedup, table
+from vitalrt.latency import ENGINE, LATENT, WRITTEN, Row, Thought, record, rounded, speedup, table
+from vitalrt.spread import Spread
 
 DEFAULT_THOUGHT, LONGEST_THOUGHT = LATENT[-1], WRITTEN[-1]
 COLOURS = {ENGINE: "#1f6f8b", PEER: "#c9c5ba"}
@@ -168,26 +166,3 @@ def _count(number: int, noun: str) -> str:
 
 def _short_ms(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def commit() -> str:
-    """Of this checkout, marked -dirty where tracked files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target and rename, so that nobody ever finds half a file."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

@@ -27,7 +27,7 @@ from rich.progress import track
 from transformers import Qwen3VLForConditionalGeneration
 
 import vitalrt
-from bench.report import commit, replace_whole
+from bench.files import commit, replace_whole
 from vitalrt import latency
 from vitalrt_training.data.batches import Asked, Batch, Collator, Tokens, pad_targets
 from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Phantoms, Shown

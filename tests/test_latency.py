@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vitalrt.latency import LATENT, WRITTEN, Contender, Row, Spread, Thought, interleave, speedup, table
+from vitalrt.latency import LATENT, WRITTEN, Contender, Row, Thought, interleave, speedup, table
+from vitalrt.spread import Spread
 
 CPU = torch.device("cpu")
 

@@ -153,7 +153,7 @@ def load_weights(
         _check_names(files.names(), {name for _, names in sources for name in names})
         for done, (ours, theirs) in enumerate(sources):
             filled = torch.empty(parameters[ours].shape, dtype=dtype, device=device)
-            parts = filled.split(_rows_of_parts(theirs, len(filled), checkpoint.config.decoder))
+            parts = filled.split(rows_of_parts(theirs, len(filled), checkpoint.config.decoder))
             for name, part in zip(theirs, parts, strict=True):
                 tensor = files.read(name)
                 if lora is not None:
@@ -169,7 +169,7 @@ def load_weights(
     return model.to(device).eval().requires_grad_(False)
 
 
-def _rows_of_parts(sources: tuple[str, ...], num_rows: int, config: DecoderConfig) -> list[int]:
+def rows_of_parts(sources: tuple[str, ...], num_rows: int, config: DecoderConfig) -> list[int]:
     """How many of a parameter's rows each of the tensors that are stacked in it fills."""
     if len(sources) == 2 and "mlp" in sources[0]:
         return [num_rows // 2] * 2  # gate and up

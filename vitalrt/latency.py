@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import rich.box
 import torch
@@ -26,6 +25,7 @@ from vitalrt.api import Model
 from vitalrt.config import EngineConfig
 from vitalrt.engine.request import Decoding
 from vitalrt.engine.scheduler import Engine
+from vitalrt.spread import Spread
 
 ENGINE = "vitalrt"
 MAX_NEW_TOKENS = 64
@@ -57,21 +57,6 @@ class Contender:
     thought: Thought
     ask: Callable[[], int]
     every: int = 1
-
-
-class Spread(NamedTuple):
-    """The 20th, 50th and 80th percentile."""
-
-    p20: float
-    p50: float
-    p80: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
-        return cls(p20, statistics.median(values), p80)
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ class DeviceVision:
             self._static[key] = pixels.clone(), [torch.empty_like(part) for part in (tokens, *deepstack)], tables
         self._static.move_to_end(key)
         pixels, outputs, _ = self._static[key]
-        pixels.copy_(pixel_values, non_blocking=True)
+        pixels.copy_(pixel_values.to(self._device, non_blocking=True))  # made narrower there, not on the host
 
         def run() -> None:
             tokens, deepstack = self.tower(pixels, grids)

@@ -1,0 +1,64 @@
+"""vitalrt's own step and prefill as the benchmark drives them: one placed row, or many."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.gpu.shapes import BenchPrompt
+from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
+from vitalrt.engine.device_step import DeviceStep, StepWeights
+from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
+from vitalrt.model.qwen3_vl import Qwen3VL
+
+PAGE = 16
+ENDLESS = 2**30  # a limit that is never reached
+
+
+class Ours:
+    """name: as tables show it."""
+
+    name = "vitalrt"
+
+    def __init__(self, model: Qwen3VL, num_rows: int, row_tokens: int, weights: StepWeights | None = None) -> None:
+        """row_tokens: how many tokens of cache each row has.  weights: of the step, if not the model's own."""
+        self.config = model.config
+        config, embed = model.config.decoder, model.decoder.embed.weight
+        self.device = embed.device
+        self.pages_per_row = -(-row_tokens // PAGE)
+        num_slots = num_rows * self.pages_per_row * PAGE
+        shape = (2, config.num_hidden_layers, num_slots, config.num_key_value_heads, config.head_dim)
+        caches = torch.zeros(shape, device=self.device, dtype=embed.dtype)
+        own = StepWeights(model.decoder)
+        self.vision = DeviceVision(model.vision)
+        self.prefill = DevicePrefill(own, *caches, num_deepstack=len(model.config.vision.deepstack_visual_indexes))
+        self.step = DeviceStep(weights or own, *caches, PAGE, num_rows)
+        self.graphs = StepGraphs(self.step)
+        self.reader = TokenReader(self.step.rows.tokens)
+
+    def begin(self, prompt: BenchPrompt, k: int = 0, row: int = 0) -> None:
+        """Prefill and place; nothing waits for the device."""
+        first = row * self.pages_per_row
+        pages = torch.arange(first, first + self.pages_per_row, dtype=torch.int32)
+        if self.device.type == "cuda":
+            pages = pages.pin_memory()
+        slots = torch.arange(first * PAGE, first * PAGE + prompt.num_tokens, device=self.device)
+        # All of it first: a copy from pageable memory waits for what was started before it.
+        ids, positions = prompt.ids.to(self.device), prompt.positions.to(self.device)
+        image_rows = (prompt.ids == self.config.image_token_id).nonzero().flatten().to(self.device)
+        visual = self.vision(prompt.pixels, [prompt.grid])
+        hidden = self.prefill(ids, positions, slots, image_rows, visual)
+        self.step.place(row, hidden, prompt.num_tokens, prompt.next_position, pages, k, ENDLESS)
+
+    def latent_steps(self, count: int) -> None:
+        """Of row 0, which was begun with at least as many."""
+        for _ in range(count):
+            self.graphs.step(1, answers=False)
+
+    def answer_tokens(self, count: int) -> None:
+        for _ in range(count):
+            self.graphs.step(1, answers=True)
+
+    def request(self, prompt: BenchPrompt, k: int, num_tokens: int) -> list[int]:
+        """From patches on the host to tokens on the host."""
+        self.begin(prompt, k)
+        return list(answer_alone(self.graphs, self.reader, k, num_tokens, ()))

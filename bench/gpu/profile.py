@@ -1,0 +1,81 @@
+"""Where a step's time goes: every launch of a replayed answer token, the gaps between them, and waits of the host."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.gpu.ours import Ours
+from bench.gpu.record import Record, SkippedError
+from bench.gpu.shapes import prompt_of
+from vitalrt.engine.graphs import answer_alone
+from vitalrt.model.qwen3_vl import Qwen3VL
+from vitalrt.model_cost import Card, step_cost
+
+PROMPT = 500
+WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy")
+EVENT_WAIT = "cudaEventSynchronize"
+
+
+def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
+    ours = Ours(model, 1, PROMPT + 512)
+    if ours.device.type != "cuda":
+        raise SkippedError("the launches of a CUDA graph are seen on a CUDA device only")
+    prompt = prompt_of(model.config, PROMPT)
+    ours.request(prompt, 4, 4)
+    outcome = {"request": host_waits(ours, prompt)}
+    record.tell("profile", **outcome)
+    ours.begin(prompt)
+    ours.answer_tokens(3)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        ours.answer_tokens(1)
+        torch.cuda.synchronize()
+    launches = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    launches = sorted(launches, key=lambda event: event.time_range.start)
+    busy = sum(event.time_range.elapsed_us() for event in launches)
+    span = launches[-1].time_range.end - launches[0].time_range.start
+    dtype = "fp32" if ours.step.rows.hidden.dtype == torch.float32 else "bf16"
+    cost = step_cost(model.config.decoder, answers=True, context=PROMPT, dtype=dtype)
+    floor_us = 1000 * cost.floor_ms(card)
+    outcome |= {"launches": len(launches), "span_us": round(span, 1), "busy_us": round(busy, 1)}
+    outcome |= {"gaps_us": round(span - busy, 1), "floor_us": round(floor_us, 1)}
+    planned = _in_order(model.config.decoder.num_hidden_layers)
+    # cuBLAS may have taken some: more launches than ours would have been.
+    names = planned if len(launches) == len(planned) else [event.name for event in launches]
+    floors = Counter[str]()
+    for operation in cost.operations:
+        moved = operation.weight_bytes + operation.kv_bytes
+        floors[operation.name] = operation.launches * 1000 * card.floor_ms(moved, operation.flops)
+    spent = Counter[str]()
+    for name, event in zip(names, launches, strict=True):
+        spent[name] += event.time_range.elapsed_us()
+    losses = {name: time - floors.get(name, 0.0) for name, time in spent.items()} | {"gaps": span - busy}
+    worst = sorted(losses.items(), key=lambda pair: -pair[1])
+    outcome["us_by_operation"] = {
+        name: {"us": round(time, 1), "floor_us": round(floors.get(name, 0.0), 1)}
+        for name, time in spent.most_common(16)
+    }
+    outcome["largest_losses"] = [{"what": name, "us": round(loss, 1)} for name, loss in worst[:3]]
+    return outcome
+
+
+def host_waits(ours: Ours, prompt: Any) -> dict[str, Any]:
+    """Calls inside a request's loop (thinking and answering) that make the host wait for all of the device's work."""
+    ours.begin(prompt, 4)
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        tokens = list(answer_alone(ours.graphs, ours.reader, 4, 20, ()))
+    calls = Counter(event.name for event in profiled.events())
+    waits = {name: calls[name] for name in WAITS if calls[name]}
+    return {"tokens": len(tokens), "host_waits": waits, "waits_for_one_token": calls[EVENT_WAIT]}
+
+
+def _in_order(num_layers: int) -> list[str]:
+    """Names of an answer step's launches, as vitalrt.model_cost calls them."""
+    layer = ["QKV", "RoPE, append", "attention", "O", "gate/up", "down"]
+    return ["embedding", *layer * num_layers, "final norm", "keep z", "head, argmax", "keep token"]

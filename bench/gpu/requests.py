@@ -1,0 +1,153 @@
+"""End to end and step by step, ours and the others' in turns: prefill, latent steps, answer tokens, whole requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bench.gpu.ours import PAGE, Ours
+from bench.gpu.peers import Compiled, Eager, TorchGraph
+from bench.gpu.record import Record, SkippedError
+from bench.gpu.shapes import MINIATURE, BenchPrompt, prompt_of, transformers_model
+from bench.gpu.timing import spread_of, synchronize, time_ms
+from vitalrt.engine.graphs import StepGraphs
+from vitalrt.model.qwen3_vl import Qwen3VL
+from vitalrt.model_cost import Card, step_cost
+
+PROMPT = 500
+PREFILLS = (300, 500, 1000, 1500)
+LATENTS = (0, 1, 2, 4)
+ANSWER, THOUGHT = 20, 920
+BATCHES = (1, 8, 64)
+STEPS = 16  # timed as one, so that the host's way in and out does not count
+
+
+class Contenders:
+    """Everybody, each built once; what cannot run here is left out and told in `skipped`."""
+
+    def __init__(self, model: Qwen3VL, quick: bool) -> None:
+        self.model = model
+        self.skipped: dict[str, str] = {}
+        self.ours = Ours(model, num_rows=1, row_tokens=2048)
+        self.all: list[Any] = [self.ours, TorchGraph(model, 2048)]
+        theirs = transformers_model(model)
+        self.eager = Eager(theirs)
+        self.all.append(self.eager)
+        try:
+            if quick:
+                raise SkippedError("--quick: compiling takes a minute or more")
+            self.all.append(Compiled(theirs, 2048))
+        except SkippedError as reason:
+            self.skipped[Compiled.name] = str(reason)
+
+    def warm_up(self, prompt: BenchPrompt) -> None:
+        """Compile, capture, choose kernels. Who fails is left out, with the reason."""
+        for contender in list(self.all):
+            try:
+                for k in (0, 4):
+                    contender.request(prompt, k, 3)
+                contender.begin(prompt, 64)
+                contender.latent_steps(2)
+                contender.answer_tokens(2)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                if contender is self.ours:
+                    raise
+                self.all.remove(contender)
+                self.skipped[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+
+
+def measure_requests(record: Record, contenders: Contenders, is_promised: bool) -> dict[str, Any]:
+    """c and d: every contender once per round.  is_promised: whether `claims` are of this model and kind of device."""
+    device, prompt = contenders.ours.device, prompt_of(contenders.model.config, PROMPT)
+    contenders.warm_up(prompt)
+    record.tell("requests", skipped=contenders.skipped)
+    times: dict[tuple[str, str], list[float]] = {}
+    thought = THOUGHT if device.type == "cuda" else THOUGHT // MINIATURE
+
+    def note(what: str, who: Any, function: Callable[[], Any], per: int = 1) -> None:
+        times.setdefault((what, who.name), []).append(time_ms(function, device) / per)
+
+    for round_ in record.rounds(3 if record.quick else 15, reserve_s=0.25 * record.seconds_left):
+        for who in contenders.all:
+            who.begin(prompt, 4 * STEPS)
+            note("latent step", who, lambda who=who: who.latent_steps(STEPS), STEPS)
+            who.begin(prompt)
+            note("answer token", who, lambda who=who: who.answer_tokens(STEPS), STEPS)
+            for k in LATENTS if who is contenders.ours else (LATENTS[0], LATENTS[-1]):
+                note(f"request K={k}", who, lambda who=who, k=k: who.request(prompt, k, ANSWER))
+        if round_ % 5 == 0:
+            ours = contenders.ours
+            note(f"request CoT {thought}", ours, lambda ours=ours: ours.request(prompt, 0, thought + ANSWER))
+        record.tell("requests", ms=_by_row(times), claims=claims(_by_row(times)) if is_promised else [])
+    for num_tokens in PREFILLS:
+        if record.seconds_left < 5:
+            break
+        long = prompt_of(contenders.model.config, num_tokens)
+        for round_ in record.rounds(5):
+            for who in (contenders.ours, contenders.eager):
+                took = time_ms(lambda who=who, long=long: who.begin(long), device)
+                if round_:  # the first captures, or chooses kernels
+                    times.setdefault((f"prefill {num_tokens}", who.name), []).append(took)
+        record.tell("requests", ms=_by_row(times))
+    return {"prompt_tokens": prompt.num_tokens, "answer_tokens": ANSWER, "skipped": contenders.skipped}
+
+
+def _by_row(times: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for (what, who), values in times.items():
+        rows.setdefault(what, {})[who] = spread_of(values)
+    return rows
+
+
+def claims(ms: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is promised of an H200 at the 8B shape, and what this run gave; None where a part was not measured."""
+
+    def of(what: str, who: str = Ours.name) -> float | None:
+        return ms.get(what, {}).get(who, {}).get("p50")
+
+    def ratio(slow: float | None, fast: float | None) -> float | None:
+        return round(slow / fast, 3) if slow and fast else None
+
+    thought = next((what for what in ms if what.startswith("request CoT")), "")
+    four = of("request K=4")
+    return [
+        {"text": "latent step, ms", "at_most": 3.7, "measured": of("latent step")},
+        {"text": "answer token, ms", "at_most": 4.0, "measured": of("answer token")},
+        {"text": "request K=4, 500 tokens, 20 answer tokens, ms", "at_most": 115, "measured": four},
+        {"text": "K=4 over transformers eager", "at_least": 6, "measured": ratio(of("request K=4", Eager.name), four)},
+        {"text": "K=4 over compiled", "at_least": 1.2, "measured": ratio(of("request K=4", Compiled.name), four)},
+        {"text": f"K=4 over {thought or 'CoT'}, ours", "at_least": 25, "measured": ratio(of(thought), four)},
+    ]
+
+
+def measure_batches(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
+    """Latent step and answer token of 1, 8 and 64 rows, each with its own context of PROMPT tokens."""
+    prompt = prompt_of(model.config, PROMPT)
+    rows: dict[str, Any] = {}
+    batches = BATCHES if torch.cuda.is_available() else BATCHES[:2]
+    ours = Ours(model, num_rows=max(batches), row_tokens=prompt.num_tokens + 8 * PAGE)
+    for row in range(max(batches)):
+        ours.begin(prompt, row % 5, row)  # rows of any phase
+    for batch in batches:
+        graphs = StepGraphs(ours.step)
+        for answers in (False, True):
+
+            def steps(graphs: StepGraphs = graphs, batch: int = batch, answers: bool = answers) -> None:
+                for _ in range(4):
+                    graphs.step(batch, answers)
+
+            steps()
+            synchronize(ours.device)
+            measured = spread_of([time_ms(steps, ours.device) / 4 for _ in record.rounds(5)])
+            dtype = "fp32" if ours.step.rows.hidden.dtype == torch.float32 else "bf16"
+            cost = step_cost(model.config.decoder, answers=answers, context=prompt.num_tokens, batch=batch, dtype=dtype)
+            name = f"{'answer token' if answers else 'latent step'}, {batch} rows"
+            floor = cost.floor_ms(card)
+            rows[name] = {"ms": measured, "floor_ms": round(floor, 5), "share": round(floor / measured["p50"], 4)}
+            rows[name]["rows_per_s"] = round(1000 * batch / measured["p50"], 1)
+            record.tell("batches", rows=rows)
+    return {"context": prompt.num_tokens, "rows": rows}

@@ -1,0 +1,111 @@
+"""python -m bench.gpu on whatever machine this is; without a GPU it has to run through, and say what it leaves out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench.gpu.record import Record, Section, SkippedError
+
+ROOT = Path(__file__).parents[2]
+# Whoever runs it has a checkout and nothing built from it: importing what is installed would hide what is missing.
+WITHOUT_EXTENSION = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["vitalrt._core", "pydicom", "nibabel", "pybind11"])
+sys.argv = ["bench.gpu", *sys.argv[1:]]
+runpy.run_module("bench.gpu", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
+    """Results, what was printed, and the folder. The kernels' own tests run beside this one and need not run twice."""
+    folder = tmp_path_factory.mktemp("gpu")
+    names = ["kernels", "requests", "numerics", "batches", "profile", "int8", "sanitizer"]
+    command = [sys.executable, "-c", WITHOUT_EXTENSION, "--quick", "--out", str(folder)]
+    command += [word for name in names for word in ("--only", name)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "140"}
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=480, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    (path,) = folder.glob("*.json")
+    return json.loads(path.read_text()), finished.stdout, folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+def test_what_cannot_run_is_said_and_the_rest_runs(quick) -> None:
+    results, printed, folder = quick
+    sections = results["sections"]
+    assert {name: section["status"] for name, section in sections.items()} == {
+        "card": "done",
+        "model": "done",
+        "kernels": "done",
+        "requests": "done",
+        "numerics": "done",
+        "batches": "done",
+        "profile": "skipped",
+        "int8": "done",
+        "sanitizer": "skipped",
+    }
+    assert "miniature" in printed and "CUDA device" in sections["profile"]["reason"]
+    assert "reduce-overhead" in json.dumps(sections["requests"]["skipped"]) or "--quick" in json.dumps(sections)
+    assert sections["requests"]["claims"] == [], "what is promised of a GPU is not judged on a CPU"
+    (picture,) = folder.glob("*.png")
+    assert picture.stat().st_size > 10_000
+
+
+def test_everybody_does_every_kind_of_work(quick) -> None:
+    ms = quick[0]["sections"]["requests"]["ms"]
+    for what in ("latent step", "answer token", "request K=0", "request K=4"):
+        assert {"vitalrt", "plain torch, graphed", "transformers"} <= ms[what].keys(), what
+    assert {"request K=1", "request K=2", "prefill 300", "prefill 1500"} <= ms.keys()
+    assert any(what.startswith("request CoT") for what in ms)
+
+
+def test_errors_are_of_this_model(quick) -> None:
+    """In float32 both are exact to rounding; int8 is not, and is not far off."""
+    errors = quick[0]["sections"]["numerics"]["errors"]
+    if not torch.cuda.is_available():
+        assert max(*errors["vitalrt"]["z"], errors["vitalrt"]["logits"], errors["transformers"]["logits"]) < 1e-4
+    assert 1e-5 < errors["vitalrt, int8"]["logits"] < 0.1
+
+
+def test_a_section_that_fails_or_takes_too_long_takes_no_other_with_it(tmp_path: Path) -> None:
+    def fails(record: Record) -> dict[str, Any]:
+        record.tell("fails", half=1)
+        raise RuntimeError("out of luck")
+
+    def sleeps(record: Record) -> dict[str, Any]:
+        for _ in record.rounds(1000):
+            time.sleep(0.05)
+        time.sleep(30)
+        return {}
+
+    def skips(record: Record) -> dict[str, Any]:
+        raise SkippedError("no such thing here")
+
+    record = Record(tmp_path / "out" / "x.json", {"device": "none"}, Console(quiet=True), total_s=30)
+    sections = [Section("fails", fails, 5), Section("sleeps", sleeps, 2), Section("skips", skips, 5)]
+    began = time.monotonic()
+    record.run([*sections, Section("works", lambda record: {"value": 3}, 5)])
+    assert time.monotonic() - began < 10
+    written = json.loads(record.path.read_text())["sections"]
+    assert [section["status"] for section in written.values()] == ["failed", "failed", "skipped", "done"]
+    assert written["fails"]["half"] == 1 and "out of luck" in written["fails"]["reason"]
+    assert "TimeoutError" in written["sleeps"]["reason"] and written["works"]["value"] == 3
+
+
+def test_a_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=0.5)
+    record.run([Section("late", lambda record: {}, 5)])
+    assert record.results["late"]["status"] == "skipped" and "used up" in record.results["late"]["reason"]
