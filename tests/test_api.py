@@ -18,6 +18,7 @@ from PIL import Image
 
 import vitalrt
 from vitalrt.api import generate as generate_with_any_model
+from vitalrt.inputs import processor
 
 PICTURES = [np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3), dtype=np.uint8) for seed in range(4)]
 
@@ -69,6 +70,17 @@ class TestAnswers:
         (directory / "vital.json").write_text(json.dumps({"k": 2}))
         assert len(generate_with_any_model(None, "What?", model=directory, max_new_tokens=1).latents) == 2
         assert len(generate_with_any_model(None, "What?", 0, model=directory, max_new_tokens=1).latents) == 0
+
+    def test_questions_about_one_image_read_it_once(self, model, monkeypatch, tmp_path) -> None:
+        Image.fromarray(PICTURES[0]).save(path := tmp_path / "one.png")
+        original, reads = processor.read_image, []
+        monkeypatch.setattr(processor, "read_image", lambda *args, **kw: reads.append(args[0]) or original(*args, **kw))
+        several = [str(path), str(path), PICTURES[1], PICTURES[1], PICTURES[1].copy()]
+        requests = [vitalrt.Request(image, f"Is {n} visible?", k=n) for n, image in enumerate(several)]
+        answers = model.generate_batch(requests)
+        assert len(reads) == 3
+        for request, answer in zip(requests, answers, strict=True):
+            assert answer.token_ids == model.generate(request.image, request.question, request.k).token_ids
 
     def test_batch_equals_singles(self, model) -> None:
         requests = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from vitalrt.errors import VitalError
 from vitalrt.export.runtime import OnnxEngine, open_engine
 from vitalrt.export.sessions import MANIFEST
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.processor import Processor
+from vitalrt.inputs.processor import Picture, Processor
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
 
@@ -70,11 +71,14 @@ class Model:
         return self.generate_batch([request])[0]
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answers in the order of the requests. Each may have its own k, length, sampling and images."""
+        """Answers in the order of the requests. Each may have its own k, length, sampling and images.
+
+        Requests that name the same image (a path, or the very same object) have it read once and share its prefill.
+        """
         _require_list("requests", requests, Request)
         decodings = [self._decoding(request) for request in requests]
-        prompts = [self.prepare(request.image, request.question, request.read) for request in requests]
-        return self._answers(prompts, decodings, [request.terms for request in requests], decode=True)
+        terms = [request.terms for request in requests]
+        return self._answers(self._prepare_all(requests), decodings, terms, decode=True)
 
     def stream(
         self,
@@ -125,6 +129,18 @@ class Model:
         decodings = [Decoding(n, max_new_tokens, temperature, top_p, top_k, seed, return_logits) for n in steps]
         terms = [Terms()] * len(prompts)
         return self._answers(prompts, decodings, terms, decode=has_tokenizer(self.checkpoint.directory))
+
+    def _prepare_all(self, requests: Sequence[Request]) -> list[Prompt]:
+        seen: dict[Any, list[Picture]] = {}
+        prompts = []
+        for request in requests:
+            started = time.perf_counter()
+            image = request.image
+            key = (image if isinstance(image, str | Path) else id(image), repr(request.read))
+            if key not in seen:
+                seen[key] = self.processor.look_at(request.image, request.read)
+            prompts.append(self.processor.ask_about(seen[key], request.question, started))
+        return prompts
 
     def _decoding(self, request: Request) -> Decoding:
         k = self.checkpoint.vital.k if request.k is None else request.k

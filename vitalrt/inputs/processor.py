@@ -140,13 +140,20 @@ class Processor:
     def prepare(self, image: Any, question: str, options: ReadOptions) -> Prompt:
         """image: anything read_image takes, a list of such, or None.  Raises InputError."""
         started = time.perf_counter()
-        if not isinstance(question, str) or not question.strip():
-            raise InputError(f"question: expected non-empty text, got {type(question).__name__}")
+        return self.ask_about(self.look_at(image, options), question, started)
+
+    def look_at(self, image: Any, options: ReadOptions) -> list[Picture]:
+        """Read and encode what prepare() calls image; one list of these serves any number of questions."""
         sources = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        pictures = [
+        return [
             self.encode(read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image"))
             for index, source in enumerate(sources)
         ]
+
+    def ask_about(self, pictures: Sequence[Picture], question: str, started: float) -> Prompt:
+        """started: when preprocessing began, of time.perf_counter.  Raises InputError where there is no question."""
+        if not isinstance(question, str) or not question.strip():
+            raise InputError(f"question: expected non-empty text, got {type(question).__name__}")
         return self.assemble(self.tokenize(question, [picture.grid for picture in pictures]), pictures, started)
 
     def encode(self, pixels: np.ndarray) -> Picture:
