@@ -190,7 +190,7 @@ def test_a_failure_elsewhere_is_not_an_empty_answer(model, monkeypatch) -> None:
     pieces = model.stream(None, "What?", k=0, max_new_tokens=30, temperature=1.0, seed=0)
     next(pieces)
     with monkeypatch.context() as patch:
-        patch.setattr("vitalrt.engine.step.MAX_BATCH", 0)
+        patch.setattr(model.engine, "cpu_decoder", None)
         patch.setattr("vitalrt.engine.step.decode_attention", None)
         with pytest.raises(TypeError):
             model.generate(None, "Where?", k=3)

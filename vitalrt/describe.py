@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from vitalrt.api import Model
-from vitalrt.engine.cpu_decoder import MAX_BATCH, why_not_cpu_decoder
+from vitalrt.engine.cpu_decoder import why_not_cpu_decoder
 from vitalrt.engine.request import RESEARCH_NOTICE
 from vitalrt.engine.scheduler import Engine
 from vitalrt.export.runtime import OnnxEngine
@@ -88,10 +88,7 @@ def _cpu_decoder(engine: Engine) -> str:
     reason = why_not_cpu_decoder(engine.model.decoder)
     if engine.cpu_decoder is None:
         return f"in torch: {reason}"
-    return (
-        f"in C++ for prompts of up to {engine.cpu_decoder.max_prompt_tokens} tokens and steps of up to {MAX_BATCH} "
-        f"sequences, else in torch"
-    )
+    return f"in C++ for up to {engine.cpu_decoder.max_tokens} new tokens at once, else in torch"
 
 
 def _cuda() -> str:

@@ -99,7 +99,7 @@ def test_an_error_anywhere_frees_everything(tiny, assert_nothing_held, monkeypat
 
     prompts = [tiny.prompt(seed, [(1, 2, 2)]) for seed in range(20)]
     with monkeypatch.context() as patch:
-        patch.setattr("vitalrt.engine.step.MAX_BATCH", 0)  # steps in torch have the most places to fail
+        patch.setattr(model.engine, "cpu_decoder", None)  # steps in torch have the most places to fail
         patch.setattr(place, failing)
         with pytest.raises(error, match="out of luck"):
             model.run(prompts, k=[0, 3] * 10, max_new_tokens=3)
@@ -116,7 +116,7 @@ def test_half_a_step_cancels_everybody_in_it(tiny, assert_nothing_held, monkeypa
     waiting = model.engine.submit(tiny.prompt(4), Decoding(k=0))
     model.engine.cancel(waiting)
     with monkeypatch.context() as patch:
-        patch.setattr("vitalrt.engine.step.MAX_BATCH", 0)
+        patch.setattr(model.engine, "cpu_decoder", None)
         patch.setattr("vitalrt.engine.step.decode_attention", None)
         with pytest.raises(TypeError):
             model.engine.advance()

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
-from vitalrt.engine.cpu_decoder import MAX_BATCH, CpuDecoder
+from vitalrt.engine.cpu_decoder import CpuDecoder
 from vitalrt.engine.image_encoder import ImageEncoder
 from vitalrt.engine.sequence import Image, Sequence
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -70,7 +70,7 @@ def prefill(
     device = cache.k.device
     inputs = _inputs(model, chunks, encoder, device)
     counts = [chunk.count for chunk in chunks]
-    if cpu_decoder is not None and sum(counts) <= cpu_decoder.max_prompt_tokens:
+    if cpu_decoder is not None and sum(counts) <= cpu_decoder.max_tokens:
         done = torch.tensor([chunk.start for chunk in chunks])
         rows = _slot_rows([chunk.sequence for chunk in chunks], device)
         hidden = cpu_decoder(
@@ -193,7 +193,7 @@ class RunningBatch:
         inputs: [B, d]: z_{k-1} for a latent step, embed(token) for an answer step. One pass serves both phases.
         cpu_decoder: takes the torch decoder's place while the batch is small.
         """
-        if cpu_decoder is not None and len(self.sequences) <= MAX_BATCH:
+        if cpu_decoder is not None and len(self.sequences) <= cpu_decoder.max_tokens:
             self.hidden = cpu_decoder(inputs, self.slots, self.lengths, self._one_each, self.positions[None])
         else:
             self.hidden = self._step_in_torch(model, cache, inputs)
