@@ -23,6 +23,7 @@ from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 import vitalrt
@@ -52,7 +53,8 @@ def main() -> int:
         Load(server.url, arguments.clients, arguments.seed, KINDS) as load,
     ):
         rounds = [kill_one(server, load) for _ in range(arguments.rounds)]
-    model = vitalrt.load(device="cpu")
+    torch.set_num_threads(1)
+    model = vitalrt.load(device="cpu", prefix_cache=False)
     wrong = wrong_answers(load.visits, model)
     strange = sorted({str(v.trouble) for v in load.visits if v.trouble not in CLEAR_ERRORS})
     faults = wrong[:20] + strange + [f"round {row} did not recover" for row, r in enumerate(rounds) if not r]
@@ -95,7 +97,7 @@ def kill_one(server: Served, load: Load) -> dict[str, float]:
     }
     again = [v.ended for v in answered if v.started > killed_at and v.question and v.question.phantom in its_phantoms]
     ended = sorted(visit.ended for visit in answered)
-    return {
+    found = {
         "longest_pause_before_s": longest_pause([t for t in ended if killed_at - CALM_S < t < killed_at]),
         "longest_pause_s": longest_pause([t for t in ended if killed_at - 1 < t < killed_at + CALM_S]),
         "its_images_answered_again_s": min(again) - killed_at,
@@ -104,6 +106,7 @@ def kill_one(server: Served, load: Load) -> dict[str, float]:
         "streams_cut": sum(visit.trouble == REPLICA_LOST and visit.ended > killed_at for visit in visits),
         "refused": sum(visit.status == 503 and visit.ended > killed_at for visit in visits),
     }
+    return {name: round(value, 2) for name, value in found.items()}
 
 
 def replicas_of(server: Served) -> set[str]:

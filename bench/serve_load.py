@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 import vitalrt
@@ -52,7 +53,8 @@ def main() -> int:
         footprints.append(server.footprint())
         hits, queries = (server.metric(f"prefix_cache_{name}_total") for name in ("hits", "queries"))
     visits = load.visits
-    model = vitalrt.load(device="cpu")
+    torch.set_num_threads(1)
+    model = vitalrt.load(device="cpu", prefix_cache=False)
     wrong = wrong_answers(visits, model)
     faults = [f"wrong answer: {each}" for each in wrong[:20]] + troubles(visits) + leaks(footprints, idle)
     report = {

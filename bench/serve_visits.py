@@ -18,6 +18,8 @@ from typing import Any
 
 import httpx
 from PIL import Image
+from rich.console import Console
+from rich.progress import track
 
 import vitalrt
 from vitalrt_training.data.phantom import ask, draw_phantom
@@ -257,7 +259,7 @@ def wrong_answers(visits: Iterable[Visit], model: vitalrt.Model) -> list[str]:
     """What differs from the model's answer to the question alone."""
     alone: dict[Question, str] = {}
     wrong = []
-    for visit in visits:
+    for visit in track(list(visits), "comparing", console=Console(stderr=True)):
         for index, text in enumerate(visit.texts):
             assert visit.question is not None
             seed = visit.question.seed
