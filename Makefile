@@ -16,7 +16,7 @@ demo: $(INSTALLED)
 	$(BIN)/vitalrt ask $(IMAGE) "$(QUESTION)"
 
 test: lint native
-	$(TEST_ENV) $(BIN)/pytest -n $(TEST_PROCESSES) --dist loadgroup
+	$(TEST_ENV) $(BIN)/pytest -n $(TEST_PROCESSES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check

@@ -17,7 +17,6 @@ from bench.serve_process import Served, served
 from bench.serve_visits import REPLICA_LOST, Question, Visitor, wrong_answers
 from vitalrt.cli import main
 
-pytestmark = pytest.mark.xdist_group("cluster")  # one cluster, in one of the processes
 REPLICA = "x-vitalrt-replica"
 QUESTION = "Is the liver visible?"
 
