@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging.config
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def _ray(num_replicas: int) -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # each request has its line
     if is_own:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+        if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # A name from other systems, where Ray keeps to one machine: with 0 it listens to the loopback address.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Bodies of requests pass through Ray's shared memory: never onto a disk.
