@@ -22,7 +22,7 @@ def _head_argmax_kernel(
     total = empty_total(ROWS, BLOCK_N, BLOCK_K)
     for start in range(0, width, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        h = load_rows(h_ptr, None, None, num_rows, width, columns, ROWS)
+        h = load_rows(h_ptr, num_rows, width, columns, ROWS)
         total = add_product(total, h, head_ptr, ids, vocab, width, columns, ROWS)
     logits = finish_total(total, scale_ptr, ids, vocab, ROWS).to(h_ptr.dtype.element_ty).to(tl.float32)
     logits = tl.where(logits != logits, float("inf"), logits)

@@ -4,7 +4,14 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.rows_times_weight import add_product, empty_total, finish_total, inverse_rms, load_rows
+from vitalrt_kernels.gpu.rows_times_weight import (
+    add_product,
+    empty_total,
+    finish_total,
+    inverse_rms,
+    load_columns,
+    load_rows,
+)
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 
 # 4.3 TB/s times a latency of 0.8 us is 26 kB on their way to each multiprocessor of an H200: two blocks' 16 kB tiles.
@@ -16,27 +23,44 @@ def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up."""
+    """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up.
+
+    One row is divided by its rms at the end, as the sum of its squares comes out of the same loop: weights stream from
+    the first moment. Several rows go through tensor cores, whose operands are narrow: these are normed before.
+    """
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rstd = None
-    if norm_ptr is not None:
+    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    if norm_ptr is not None and ROWS > 1:
         rstd = inverse_rms(x_ptr, num_rows, width, eps, ROWS, BLOCK_K)
     total = empty_total(ROWS, BLOCK_N, BLOCK_K)
     up = empty_total(ROWS, BLOCK_N, BLOCK_K)
     up_weight_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
     for start in range(0, width, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        x = load_rows(x_ptr, norm_ptr, rstd, num_rows, width, columns, ROWS)
+        x = load_rows(x_ptr, num_rows, width, columns, ROWS)
+        if norm_ptr is not None:
+            norm = load_columns(norm_ptr, width, columns)
+            if ROWS > 1:
+                normed = (x.to(tl.float32) * rstd[:, None]).to(x.dtype)
+                x = (normed.to(tl.float32) * norm).to(x.dtype)
+            else:
+                wide = x.to(tl.float32)
+                squares += wide * wide
+                x = wide * norm
         total = add_product(total, x, weight_ptr, outputs, num_outputs, width, columns, ROWS)
         if SWIGLU:
             up = add_product(up, x, up_weight_ptr, outputs, num_outputs, width, columns, ROWS)
     y = finish_total(total, scale_ptr, outputs, num_outputs, ROWS)
+    one_rstd = 1.0
+    if norm_ptr is not None and ROWS == 1:
+        one_rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
+        y *= one_rstd
     if SWIGLU:
         y = y * tl.sigmoid(y)
         if scale_ptr is not None:
-            y *= finish_total(up, scale_ptr + num_outputs, outputs, num_outputs, ROWS)
+            y *= finish_total(up, scale_ptr + num_outputs, outputs, num_outputs, ROWS) * one_rstd
         else:
-            y *= finish_total(up, None, outputs, num_outputs, ROWS)
+            y *= finish_total(up, None, outputs, num_outputs, ROWS) * one_rstd
     rows = tl.arange(0, ROWS)
     inside = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
     cells = rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]

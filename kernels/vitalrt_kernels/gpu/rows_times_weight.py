@@ -5,17 +5,19 @@ import triton.language as tl
 
 
 @triton.jit
-def load_rows(x_ptr, norm_ptr, rstd, num_rows, width, columns, ROWS: tl.constexpr):
-    """[ROWS, BLOCK_K] of x in its dtype, normed where norm_ptr is given; zero outside."""
+def load_rows(x_ptr, num_rows, width, columns, ROWS: tl.constexpr):
+    """[ROWS, BLOCK_K] of x in its dtype; zero outside."""
     rows = tl.arange(0, ROWS)
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
     cells = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    x = tl.load(x_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_last")
-    if norm_ptr is not None:
-        weight = tl.load(norm_ptr + columns, mask=columns < width, other=0.0, eviction_policy="evict_last")
-        normed = (x.to(tl.float32) * rstd[:, None]).to(x.dtype)
-        x = (normed.to(tl.float32) * weight.to(tl.float32)[None, :]).to(x.dtype)
-    return x
+    return tl.load(x_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def load_columns(ptr, width, columns):
+    """[1, BLOCK_K] fp32 of a weight of the norm; zero outside."""
+    values = tl.load(ptr + columns, mask=columns < width, other=0.0, eviction_policy="evict_last")
+    return values.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -24,7 +26,7 @@ def inverse_rms(x_ptr, num_rows, width, eps, ROWS: tl.constexpr, BLOCK_K: tl.con
     squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
     for start in range(0, width, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
-        x = load_rows(x_ptr, None, None, num_rows, width, columns, ROWS).to(tl.float32)
+        x = load_rows(x_ptr, num_rows, width, columns, ROWS).to(tl.float32)
         squares += x * x
     return tl.rsqrt(tl.sum(squares, 1) / width + eps)
 
