@@ -12,9 +12,13 @@ import torch
 
 from vitalrt.api import Model
 from vitalrt.engine.cpu_decoder import why_not_cpu_decoder
+from vitalrt.engine.device_step import why_not_device_step
 from vitalrt.engine.request import RESEARCH_NOTICE
 from vitalrt.engine.scheduler import Engine
 from vitalrt.export.runtime import OnnxEngine
+from vitalrt_kernels import why_not_triton
+from vitalrt_kernels.linear_decode import MAX_ROWS
+from vitalrt_kernels.tuned import cublas_shapes
 
 
 def describe_machine() -> dict[str, Any]:
@@ -26,7 +30,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
-        "backend: torch": "used for everything but what the C++ core does",
+        "backend: torch": "used for everything but what the C++ core and the kernels do",
         "backend: C++ core": "used for the cache's pages, and for the decoder of small float32 models on the CPU",
         "backend: triton": _triton(),
         "backend: cuda": _cuda(),
@@ -56,6 +60,7 @@ def _torch_engine(engine: Engine) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in parameters),
         "weight bytes": sum(p.numel() * p.element_size() for p in parameters),
         "cpu decoder": _cpu_decoder(engine),
+        "gpu step": _gpu_step(engine),
         "cache tokens": engine.cache.num_tokens,
         "cache bytes": engine.cache.num_bytes,
     }
@@ -91,6 +96,17 @@ def _cpu_decoder(engine: Engine) -> str:
     return f"in C++ for up to {engine.cpu_decoder.max_tokens} new tokens at once, else in torch"
 
 
+def _gpu_step(engine: Engine) -> str:
+    decoder = engine.model.decoder
+    if engine.device_graphs is None:
+        return f"in torch: {why_not_device_step(decoder)}"
+    shapes = cublas_shapes(torch.cuda.get_device_name(decoder.embed.weight.device))
+    faster = ", ".join(f"{rows} rows of {outputs} x {width}" for rows, outputs, width in sorted(shapes))
+    return (
+        f"in kernels, captured in CUDA graphs; cuBLAS above {MAX_ROWS} rows, and by tuned.json for {faster or 'none'}"
+    )
+
+
 def _cuda() -> str:
     if torch.cuda.is_available():
         return f"found: {torch.cuda.get_device_name()}"
@@ -98,9 +114,10 @@ def _cuda() -> str:
 
 
 def _triton() -> str:
-    found = importlib.util.find_spec("triton") is not None
-    reason = "not used: the engine does not call the Triton kernels yet"
-    return reason if found else f"{reason}, and triton is not installed"
+    if not torch.cuda.is_available():
+        return "not used: it is for steps and prompts on a CUDA device"
+    reason = why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+    return f"not used: {reason}" if reason else f"{_version('triton')}: steps and prompts on a CUDA device"
 
 
 def _onnx() -> str:

@@ -45,8 +45,9 @@ class Ours:
         # All of it first: a copy from pageable memory waits for what was started before it.
         ids, positions = prompt.ids.to(self.device), prompt.positions.to(self.device)
         image_rows = (prompt.ids == self.config.image_token_id).nonzero().flatten().to(self.device)
-        visual = self.vision(prompt.pixels, [prompt.grid])
-        hidden = self.prefill(ids, positions, slots, image_rows, visual)
+        tokens, *deepstack = self.vision(prompt.pixels, [prompt.grid])
+        embeddings = self.step.weights.embed[ids].index_copy(0, image_rows, tokens)
+        hidden = self.prefill(embeddings, positions, slots, image_rows, deepstack)
         self.step.place(row, hidden, prompt.num_tokens, prompt.next_position, pages, k, ENDLESS)
 
     def latent_steps(self, count: int) -> None:

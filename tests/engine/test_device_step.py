@@ -43,8 +43,11 @@ class DeviceRun:
         slots = (pages[:, None] * PAGE + torch.arange(PAGE)).flatten()[: prompt.num_tokens]
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), self.config)
         image_rows = (prompt.input_ids == self.config.image_token_id).nonzero().flatten()
-        visual = [] if prompt.pixel_values is None else self.vision(prompt.pixel_values, prompt.grids())
-        hidden = self.prefill(prompt.input_ids, positions, slots, image_rows, visual)
+        x, deepstack = self.step.weights.embed[prompt.input_ids], []
+        if prompt.pixel_values is not None:
+            tokens, *deepstack = self.vision(prompt.pixel_values, prompt.grids())
+            x = x.index_copy(0, image_rows, tokens)
+        hidden = self.prefill(x, positions, slots, image_rows if deepstack else None, deepstack)
         self.step.place(row, hidden, prompt.num_tokens, next_position, pages, k, limit)
 
 
@@ -135,7 +138,7 @@ def test_a_sequence_that_grows_page_by_page(tiny) -> None:
     pages = torch.tensor([run.free.pop() for _ in range(5)], dtype=torch.int32)
     positions, next_position = mrope_positions(prompt.input_ids, [], run.config)
     slots = pages[0] * PAGE + torch.arange(PAGE)
-    hidden = run.prefill(prompt.input_ids, positions, slots.long())
+    hidden = run.prefill(run.step.weights.embed[prompt.input_ids], positions, slots.long())
     run.step.place(0, hidden, PAGE, next_position, pages[:1], k=2, limit=PAGE + 2 + 9 - 1)
     tokens = []
     for i in range(10):

@@ -41,106 +41,93 @@ class DevicePrefill:
         k_cache, v_cache: [layers, S, G, D], written at a prompt's slots and nowhere else.
         """
         self.weights, self.k_cache, self.v_cache = weights, k_cache, v_cache
-        device, width = k_cache.device, weights.config.hidden_size
+        device = k_cache.device
         self._graphs = Graphs(device)
-        self._ids = torch.zeros(MAX_CAPTURED, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(3 * MAX_CAPTURED, dtype=torch.int64, device=device)
-        self._write_slots = torch.full((MAX_CAPTURED,), -1, dtype=torch.int64, device=device)
-        self._read_slots = torch.zeros(MAX_CAPTURED, dtype=torch.int64, device=device)
+        # What a graph reads, where it can be captured; 2048 tokens of an 8B model and 3 layers of deepstack: 67 MB.
+        length = MAX_CAPTURED if self._graphs.is_captured else 0
+        self._embeddings = weights.embed.new_zeros(length, weights.config.hidden_size)
+        self._deepstack = weights.embed.new_zeros(num_deepstack, length, weights.config.hidden_size)
+        self._positions = torch.zeros(3 * length, dtype=torch.int64, device=device)
+        self._write_slots, self._read_slots = torch.zeros(2, length, dtype=torch.int64, device=device)
         self._last = torch.zeros(1, dtype=torch.int64, device=device)
-        self._is_visual = torch.zeros(MAX_CAPTURED, 1, dtype=torch.bool, device=device)
-        self._visual = weights.embed.new_zeros(1 + num_deepstack, MAX_CAPTURED, width)  # visual tokens, then deepstack
-        self._hidden = weights.embed.new_zeros(width)
+        self._hidden = weights.embed.new_zeros(weights.config.hidden_size)
 
     def __call__(
         self,
-        ids: torch.Tensor,
+        embeddings: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
         image_rows: torch.Tensor | None = None,
-        visual: Sequence[torch.Tensor] = (),
+        deepstack: Sequence[torch.Tensor] = (),
     ) -> torch.Tensor:
-        """ids: [T] int64.  positions: [3, T] int64.  slots: [T] int64, where each token's key and value go.
+        """embeddings: [T, d], visual tokens in their places.  positions: [3, T] int64.
 
-        image_rows: [V] int64, which tokens are visual.  visual: what they are, [V, d], and then what deepstack adds to
-        them after layer 0, 1, ..  Returns z_0 [d], after the final norm; with CUDA the next call overwrites it.
+        slots: [T] int64, where each token's key and value go.  image_rows: [V] int64, and deepstack: [V, d] each, as
+        Decoder.forward takes them.  Returns z_0 [d], after the final norm; with CUDA the next call overwrites it.
         """
-        num_tokens = len(ids)
+        num_tokens = len(embeddings)
         if not self._graphs.is_captured or num_tokens > MAX_CAPTURED:
-            last = slots.new_tensor([num_tokens - 1])
-            features, is_visual = self._spread(num_tokens, image_rows, visual, ids.device)
-            return self._run(ids, positions, slots, slots, last, is_visual, features)
+            spread = [
+                torch.zeros_like(embeddings).index_copy(0, image_rows, features.to(embeddings.dtype))
+                for features in deepstack
+                if image_rows is not None
+            ]
+            return self._run(embeddings, positions, slots, slots, slots.new_tensor([num_tokens - 1]), spread)
         length = length_bucket(num_tokens)
-        self._fill(length, ids, positions, slots, image_rows, visual)
+        self._fill(length, embeddings, positions, slots, image_rows, deepstack)
         views = (
-            self._ids[:length],
+            self._embeddings[:length],
             self._positions[: 3 * length].view(3, length),
             self._write_slots[:length],
             self._read_slots[:length],
             self._last,
-            self._is_visual[:length] if visual else None,
-            [features[:length] for features in self._visual[: len(visual)]],
+            [features[:length] for features in self._deepstack[: len(deepstack)]],
         )
 
         def run() -> None:
             self._hidden.copy_(self._run(*views))
 
         # A run of the same prompt again writes the same to the same slots: it needs no undoing.
-        self._graphs((length, len(visual)), run, dry_run=run)
+        self._graphs((length, len(deepstack)), run, dry_run=run)
         return self._hidden
 
     def _fill(
         self,
         length: int,
-        ids: torch.Tensor,
+        embeddings: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
         image_rows: torch.Tensor | None,
-        visual: Sequence[torch.Tensor],
+        deepstack: Sequence[torch.Tensor],
     ) -> None:
-        num_tokens = len(ids)
-        self._ids[:num_tokens].copy_(ids)
-        self._ids[num_tokens:length].zero_()
-        self._positions[: 3 * length].view(3, length)[:, :num_tokens].copy_(positions)
-        self._positions[: 3 * length].view(3, length)[:, num_tokens:].zero_()
+        """The static buffers. What fills up a bucket is zeros, has no slot to write, and reads the first token's."""
+        num_tokens = len(embeddings)
+        self._embeddings[:num_tokens].copy_(embeddings)
+        self._embeddings[num_tokens:length].zero_()
+        by_axis = self._positions[: 3 * length].view(3, length)
+        by_axis[:, :num_tokens].copy_(positions)
+        by_axis[:, num_tokens:].zero_()
         self._write_slots[:num_tokens].copy_(slots)
         self._write_slots[num_tokens:length].fill_(-1)
         self._read_slots[:num_tokens].copy_(slots)
-        self._read_slots[num_tokens:length].copy_(slots[:1].expand(length - num_tokens))  # finite once it is written
+        self._read_slots[num_tokens:length].copy_(slots[:1].expand(length - num_tokens))
         self._last.fill_(num_tokens - 1)
-        if image_rows is None or not visual:
-            return
-        self._is_visual[:length].zero_()
-        self._is_visual.index_fill_(0, image_rows, True)
-        self._visual[: len(visual), :length].zero_()
-        for buffer, features in zip(self._visual, visual, strict=True):
-            buffer.index_copy_(0, image_rows, features.to(buffer.dtype))
-
-    def _spread(
-        self, num_tokens: int, image_rows: torch.Tensor | None, visual: Sequence[torch.Tensor], device: torch.device
-    ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-        """Features of visual tokens at their rows among all tokens, 0 elsewhere, and which rows these are."""
-        if image_rows is None or not visual:
-            return [], None
-        is_visual = torch.zeros(num_tokens, 1, dtype=torch.bool, device=device).index_fill(0, image_rows, True)
-        empty = self.weights.embed.new_zeros(num_tokens, self.weights.config.hidden_size)
-        return [empty.index_copy(0, image_rows, features.to(empty.dtype)) for features in visual], is_visual
+        if image_rows is not None:
+            self._deepstack[: len(deepstack), :length].zero_()
+            for buffer, features in zip(self._deepstack, deepstack, strict=False):
+                buffer.index_copy_(0, image_rows, features.to(buffer.dtype))
 
     def _run(
         self,
-        ids: torch.Tensor,
+        x: torch.Tensor,
         positions: torch.Tensor,
         write_slots: torch.Tensor,
         read_slots: torch.Tensor,
         last: torch.Tensor,
-        is_visual: torch.Tensor | None,
-        visual: list[torch.Tensor],
+        deepstack: list[torch.Tensor],
     ) -> torch.Tensor:
         weights = self.weights
-        x = weights.embed[ids]
-        if is_visual is not None:
-            x = torch.where(is_visual, visual[0], x)
-        num_layers, deepstack = len(weights.layers), visual[1:]
+        num_layers = len(weights.layers)
 
         def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
             k, v = self.k_cache[layer][read_slots], self.v_cache[layer][read_slots]

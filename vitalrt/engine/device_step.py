@@ -9,7 +9,8 @@ B rows, d width, P pages per row, S slots, G key/value heads, D head dim, K late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,11 @@ from vitalrt_kernels import (
     paged_attention,
     quantise_int8,
     rms_norm,
+    why_not_triton,
 )
+from vitalrt_kernels.backend import TRITON_DTYPES
+
+MAX_HEAD_DIM = 256
 
 Weight = torch.Tensor | Int8Weight
 
@@ -43,6 +48,18 @@ class LayerWeights(NamedTuple):
     post_norm: torch.Tensor
     gate_up: Weight
     down: Weight
+
+
+def why_not_device_step(decoder: Decoder) -> str | None:
+    """None if steps of this decoder keep their state on the device and run in the kernels, else why not, for people."""
+    weight = decoder.embed.weight
+    if reason := why_not_triton(weight.device):
+        return reason
+    if weight.dtype not in TRITON_DTYPES:
+        return f"the kernels know no {str(weight.dtype).removeprefix('torch.')}"
+    if decoder.config.head_dim > MAX_HEAD_DIM:
+        return f"heads of {decoder.config.head_dim} are wider than {MAX_HEAD_DIM}, more than a block's registers hold"
+    return None
 
 
 class StepWeights:
@@ -116,7 +133,7 @@ class DeviceStep:
         v_cache: torch.Tensor,
         page_size: int,
         max_batch: int,
-        stop_ids: Sequence[int] = (),
+        stop_ids: Many[int] = (),
         max_latents: int = 64,
     ) -> None:
         """k_cache, v_cache: [layers, S, G, D], written at the slots that the rows' pages name, and nowhere else."""
@@ -155,6 +172,35 @@ class DeviceStep:
         rows.offsets[row : row + 1].fill_(position - num_tokens)
         if k == 0:
             self.answer(row, row + 1)
+
+    def load(
+        self,
+        hidden: torch.Tensor,
+        lengths: Many[int],
+        positions: Many[int],
+        latents_left: Many[int],
+        pages: torch.Tensor,
+    ) -> None:
+        """All rows anew, from row 0 on; what is behind them is left idle. Nothing waits for the device.
+
+        hidden: [B, d].  lengths: tokens in the cache.  positions: next M-RoPE positions.  pages: [B, at most P] int32.
+        Whoever calls this sees to it that a row has a page for every step, and stops rows by loading the others.
+        """
+        rows, num_rows = self.rows, len(hidden)
+        rows.hidden[:num_rows].copy_(hidden)
+        rows.pages[:num_rows, : pages.shape[1]].copy_(self._pinned(pages), non_blocking=True)
+        offsets = [position - length for position, length in zip(positions, lengths, strict=True)]
+        for counter, values in ((rows.lengths, lengths), (rows.offsets, offsets), (rows.latents_left, latents_left)):
+            counter[:num_rows].copy_(self._pinned(torch.tensor(values, dtype=torch.int32)), non_blocking=True)
+        rows.limits[:num_rows].fill_(torch.iinfo(torch.int32).max)
+        rows.limits[num_rows:].zero_()
+
+    def tell(self, tokens: Many[int]) -> None:
+        """Newest tokens of the first rows, as the host chose them; of no meaning where a row thinks."""
+        self.rows.tokens[: len(tokens)].copy_(self._pinned(torch.tensor(tokens)), non_blocking=True)
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if self.k_cache.device.type == "cuda" else tensor
 
     def grow(self, row: int, num_pages: int, pages: torch.Tensor) -> None:
         """More pages for a row that has num_pages."""

@@ -12,6 +12,9 @@ import torch
 from vitalrt.config import EngineConfig
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
+from vitalrt.engine.device_prefill import DevicePrefill
+from vitalrt.engine.device_step import DeviceStep, StepWeights, why_not_device_step
+from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder, images_of
 from vitalrt.engine.prefix_cache import PrefixKey, namespace_digest
 from vitalrt.engine.request import Decoding, Terms
@@ -65,7 +68,16 @@ class Engine:
         self.cpu_decoder = CpuDecoder(model.decoder, self.cache) if runs_in_core else None
         self._waiting = WaitingLine(config.max_waiting)
         self._prefilling: list[Sequence] = []
-        self._nobody = RunningBatch([], weight.new_empty(0, model.config.decoder.hidden_size))
+        self.device_graphs: StepGraphs | None = None
+        self.device_prefill: DevicePrefill | None = None
+        if why_not_device_step(model.decoder) is None:
+            caches, step_weights = (self.cache.k, self.cache.v), StepWeights(model.decoder)
+            num_deepstack = len(model.config.vision.deepstack_visual_indexes)
+            device_step = DeviceStep(step_weights, *caches, self.cache.page_size, config.max_batch)
+            self.device_graphs = StepGraphs(device_step)
+            self.device_prefill = DevicePrefill(step_weights, *caches, num_deepstack)
+        nobody = weight.new_empty(0, model.config.decoder.hidden_size)
+        self._nobody = RunningBatch([], nobody, self.device_graphs)
         self._batch = self._nobody
         self._num_preemptions = self._prompt_tokens = self._cached_tokens = 0
         self._lock = threading.RLock()
@@ -211,7 +223,7 @@ class Engine:
     def _prefill(self, chunks: list[Chunk]) -> None:
         sequences = [chunk.sequence for chunk in chunks]
         try:
-            hidden = prefill(self.model, self.cache, chunks, self.encoder, self.cpu_decoder)
+            hidden = prefill(self.model, self.cache, chunks, self.encoder, self.cpu_decoder, self.device_prefill)
         except BaseException:
             for sequence in sequences:
                 self._end(sequence, "cancelled")
@@ -292,15 +304,18 @@ class Engine:
     def _step(self) -> None:
         batch = self._batch
         thinking = [sequence.is_thinking for sequence in batch.sequences]
-        inputs = batch.hidden
-        if not all(thinking):
-            tokens = [0 if latent else s.token_ids[-1] for s, latent in zip(batch.sequences, thinking, strict=True)]
-            embedded = self.model.decoder.embed(torch.tensor(tokens, device=inputs.device))
-            if any(thinking):
-                inputs = torch.where(torch.tensor(thinking, device=inputs.device)[:, None], inputs, embedded)
-            else:
-                inputs = embedded
-        batch.step(self.model, self.cache, inputs, self.cpu_decoder)
+        tokens = [0 if latent else s.token_ids[-1] for s, latent in zip(batch.sequences, thinking, strict=True)]
+        if self.device_graphs is not None:
+            batch.step_on_device(tokens)
+        else:
+            inputs = batch.hidden
+            if not all(thinking):
+                embedded = self.model.decoder.embed(torch.tensor(tokens, device=inputs.device))
+                if any(thinking):
+                    inputs = torch.where(torch.tensor(thinking, device=inputs.device)[:, None], inputs, embedded)
+                else:
+                    inputs = embedded
+            batch.step(self.model, self.cache, inputs, self.cpu_decoder)
         for row, sequence in enumerate(batch.sequences):
             if thinking[row]:
                 sequence.take_in(batch.hidden[row])

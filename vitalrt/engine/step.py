@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder
+from vitalrt.engine.device_prefill import DevicePrefill
+from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder
 from vitalrt.engine.sequence import Image, Sequence
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -60,10 +62,11 @@ def prefill(
     chunks: Many[Chunk],
     encoder: ImageEncoder,
     cpu_decoder: CpuDecoder | None = None,
+    device_prefill: DevicePrefill | None = None,
 ) -> torch.Tensor:
     """Feed each chunk to its sequence, packed without padding, and append its keys and values to the cache.
 
-    cpu_decoder: takes the torch decoder's place while the chunks are short.
+    cpu_decoder: takes the torch decoder's place while the chunks are short; device_prefill, for one that begins anew.
     Returns [B, d]: the hidden state of each chunk's last token after the final norm. At the end of a prompt that is z_0
     (VITAL section 3.1).
     """
@@ -82,6 +85,10 @@ def prefill(
             inputs.image_rows,
             inputs.deepstack,
         )
+    elif device_prefill is not None and len(chunks) == 1 and not chunks[0].start:
+        slots = chunks[0].sequence.slots[: chunks[0].stop]
+        positions = inputs.positions
+        hidden = device_prefill(inputs.embeddings, positions, slots, inputs.image_rows, inputs.deepstack)[None].clone()
     else:
         attend = PrefillAttention(cache, chunks)
         last = torch.tensor(counts, device=device).cumsum(0) - 1
@@ -164,9 +171,16 @@ class RunningBatch:
     next answer token.
     """
 
-    def __init__(self, sequences: list[Sequence], hidden: torch.Tensor) -> None:
+    def __init__(
+        self, sequences: list[Sequence], hidden: torch.Tensor, device_graphs: StepGraphs | None = None
+    ) -> None:
+        """device_graphs: where there are kernels; the rows' state is then there, and moves on there."""
         self.sequences = sequences
         self.hidden = hidden
+        self.device_graphs = device_graphs
+        if device_graphs is not None:
+            self._load(device_graphs)
+            return
         device = hidden.device
         self.lengths = torch.tensor([s.num_tokens for s in sequences], device=device)
         self.positions = torch.tensor([s.position for s in sequences], device=device)
@@ -177,13 +191,38 @@ class RunningBatch:
 
     def refresh(self) -> RunningBatch:
         """The same after sequences were given more pages."""
-        return RunningBatch(self.sequences, self.hidden)
+        return RunningBatch(self.sequences, self.hidden, self.device_graphs)
 
     def join(self, sequences: list[Sequence], hidden: torch.Tensor) -> RunningBatch:
-        return RunningBatch(self.sequences + sequences, torch.cat((self.hidden, hidden)))
+        return RunningBatch(self.sequences + sequences, torch.cat((self.hidden, hidden)), self.device_graphs)
 
     def keep(self, rows: list[int]) -> RunningBatch:
-        return RunningBatch([self.sequences[row] for row in rows], self.hidden[rows])
+        return RunningBatch([self.sequences[row] for row in rows], self.hidden[rows], self.device_graphs)
+
+    def step_on_device(self, tokens: Many[int]) -> None:
+        """As step, with device_graphs.  tokens: of each sequence the newest, of no meaning where it thinks."""
+        assert self.device_graphs is not None
+        device_step, num_rows = self.device_graphs.device_step, len(self.sequences)
+        device_step.tell(tokens)
+        self.device_graphs.step(num_rows, answers=False)
+        self.hidden = device_step.rows.hidden[:num_rows].clone()
+        for sequence in self.sequences:
+            sequence.num_tokens += 1
+
+    def _load(self, device_graphs: StepGraphs) -> None:
+        if not self.sequences:
+            return
+        longest = max(len(sequence.pages) for sequence in self.sequences)
+        pages = torch.zeros(len(self.sequences), longest, dtype=torch.int32)
+        for row, sequence in zip(pages, self.sequences, strict=True):
+            row[: len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
+        device_graphs.device_step.load(
+            self.hidden,
+            [sequence.num_tokens for sequence in self.sequences],
+            [sequence.position for sequence in self.sequences],
+            [max(0, 1 + sequence.decoding.k - len(sequence.thoughts)) for sequence in self.sequences],
+            pages,
+        )
 
     def step(
         self, model: Qwen3VL, cache: PagedCache, inputs: torch.Tensor, cpu_decoder: CpuDecoder | None = None
