@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -27,6 +28,7 @@ using vitalrt::CpuDecoder;
 using vitalrt::DecoderCache;
 using vitalrt::DecoderShape;
 using vitalrt::Deepstack;
+using vitalrt::Keys;
 using vitalrt::LayerWeights;
 using vitalrt::NewTokens;
 using vitalrt::OutOfBlocks;
@@ -107,50 +109,97 @@ void run_cpu_decoder(const CpuDecoder& decoder, std::int64_t batch, std::int64_t
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-template <typename T>
-Span<T> view(const Array<T>& array) {
+void check_axis(const char* name, const py::array& array) {
   if (array.ndim() != 1) {
-    throw std::invalid_argument("arrays: expected one axis, got " + std::to_string(array.ndim()));
+    throw std::invalid_argument(std::string(name) + ": expected one axis, got " + std::to_string(array.ndim()));
   }
-  return {array.data(), static_cast<std::size_t>(array.size())};
+}
+
+std::unique_ptr<PrefixKey> make_prefix_key(std::string_view digests, const Array<std::uint32_t>& positions) {
+  check_axis("positions", positions);
+  return std::make_unique<PrefixKey>(
+      Span<std::uint8_t>{reinterpret_cast<const std::uint8_t*>(digests.data()), digests.size()},
+      Span<std::uint32_t>{positions.data(), static_cast<std::size_t>(positions.size())});
+}
+
+// Looks into the key, which it keeps alive.
+py::array positions_of(const py::object& self) {
+  const auto positions = self.cast<const PrefixKey&>().positions();
+  Array<std::uint32_t> array(static_cast<py::ssize_t>(positions.size), positions.data, self);
+  array.attr("flags").attr("writeable") = false;
+  return array;
+}
+
+py::bytes digests_of(const PrefixKey& key) {
+  return {reinterpret_cast<const char*>(key.digests().data), key.digests().size};
 }
 
 Array<std::int32_t> to_array(const Pages& pages) {
-  return Array<std::int32_t>(static_cast<py::ssize_t>(pages.size()), pages.data());
+  Array<std::int32_t> array(static_cast<py::ssize_t>(pages.size()));
+  std::copy(pages.begin(), pages.end(), array.mutable_data());
+  return array;
 }
 
-// digests and positions, request by request. What they point at belongs to Python, whose arguments outlive the call.
-std::vector<PrefixKey> prefix_keys(const std::vector<py::bytes>& digests,
-                                   const std::vector<Array<std::uint32_t>>& positions) {
-  if (digests.size() != positions.size()) {
-    throw std::invalid_argument("digests and positions: expected as many, got " + std::to_string(digests.size()) +
-                                " and " + std::to_string(positions.size()));
+// Keys are immutable, so a call reads them without the GIL. It holds them itself, whatever becomes of the list.
+class HeldKeys {
+ public:
+  explicit HeldKeys(const py::sequence& keys) : objects_(keys) {
+    py::detail::make_caster<PrefixKey> caster;  // one for all: it looks the type up when it is made
+    keys_.reserve(objects_.size());
+    for (const py::handle key : objects_) {
+      if (!caster.load(key, false)) {
+        throw py::type_error("keys: expected PrefixKey, got " + std::string(Py_TYPE(key.ptr())->tp_name));
+      }
+      keys_.push_back(&py::detail::cast_op<PrefixKey&>(caster));
+    }
   }
-  std::vector<PrefixKey> keys;
-  keys.reserve(digests.size());
-  for (std::size_t request = 0; request < digests.size(); ++request) {
-    const std::string_view bytes = digests[request];
-    keys.push_back({{reinterpret_cast<const std::uint8_t*>(bytes.data()), bytes.size()}, view(positions[request])});
-  }
-  return keys;
-}
+  const Keys& keys() const { return keys_; }
 
-std::vector<PagesView> pages_views(const std::vector<Array<std::int32_t>>& pages) {
-  std::vector<PagesView> views;
-  views.reserve(pages.size());
-  for (const auto& array : pages) {
-    views.push_back(view(array));
-  }
-  return views;
-}
+ private:
+  const py::tuple objects_;
+  Keys keys_;
+};
 
-std::vector<Array<std::int32_t>> match_prefixes(PrefixCache& cache, const std::vector<py::bytes>& digests,
-                                                const std::vector<Array<std::uint32_t>>& positions) {
-  const auto keys = prefix_keys(digests, positions);
+// A copy of each request's pages, since anyone may write to arrays and lists while a call runs without the GIL.
+class CopiedPages {
+ public:
+  explicit CopiedPages(const py::sequence& batch) {
+    const py::tuple objects(batch);
+    views_.reserve(objects.size());
+    for (const py::handle one : objects) {
+      if (Array<std::int32_t>::check_(one)) {
+        add(py::reinterpret_borrow<Array<std::int32_t>>(one));
+      } else {
+        using Converted = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>;
+        add(Converted(py::reinterpret_borrow<py::object>(one)));
+      }
+    }
+    const std::int32_t* next = pages_.data();
+    for (PagesView& view : views_) {
+      view.data = next;
+      next += view.size;
+    }
+  }
+  const std::vector<PagesView>& views() const { return views_; }
+
+ private:
+  void add(const py::array& array) {
+    check_axis("pages", array);
+    const auto* first = static_cast<const std::int32_t*>(array.data());
+    pages_.insert(pages_.end(), first, first + array.size());
+    views_.push_back({nullptr, static_cast<std::size_t>(array.size())});
+  }
+
+  Pages pages_;
+  std::vector<PagesView> views_;
+};
+
+std::vector<Array<std::int32_t>> match_prefixes(PrefixCache& cache, const py::sequence& batch) {
+  const HeldKeys held(batch);
   std::vector<Pages> matched;
   {
     const py::gil_scoped_release release;
-    matched = cache.match(keys);
+    matched = cache.match(held.keys());
   }
   std::vector<Array<std::int32_t>> arrays;
   arrays.reserve(matched.size());
@@ -160,30 +209,29 @@ std::vector<Array<std::int32_t>> match_prefixes(PrefixCache& cache, const std::v
   return arrays;
 }
 
-std::int64_t insert_prefixes(PrefixCache& cache, const std::vector<py::bytes>& digests,
-                             const std::vector<Array<std::uint32_t>>& positions,
-                             const std::vector<Array<std::int32_t>>& pages) {
-  const auto keys = prefix_keys(digests, positions);
-  const auto views = pages_views(pages);
+std::int64_t insert_prefixes(PrefixCache& cache, const py::sequence& batch, const py::sequence& pages) {
+  const HeldKeys held(batch);
+  const CopiedPages copied(pages);
   const py::gil_scoped_release release;
-  return cache.insert(keys, views);
+  return cache.insert(held.keys(), copied.views());
 }
 
-std::int64_t release_pages(PrefixCache& cache, const std::vector<Array<std::int32_t>>& pages) {
-  const auto views = pages_views(pages);
+std::int64_t release_pages(PrefixCache& cache, const py::sequence& pages) {
+  const CopiedPages copied(pages);
   const py::gil_scoped_release release;
-  return cache.release(views);
+  return cache.release(copied.views());
 }
 
 std::vector<std::tuple<Array<std::int32_t>, std::int32_t, std::int32_t>> fork_pages(
-    PrefixCache& cache, const std::vector<Array<std::int32_t>>& pages, const std::vector<std::int64_t>& num_tokens) {
-  if (pages.size() != num_tokens.size()) {
-    throw std::invalid_argument("pages and num_tokens: expected as many, got " + std::to_string(pages.size()) +
+    PrefixCache& cache, const py::sequence& pages, const std::vector<std::int64_t>& num_tokens) {
+  const CopiedPages copied(pages);
+  if (copied.views().size() != num_tokens.size()) {
+    throw std::invalid_argument("pages and num_tokens: expected as many, got " + std::to_string(copied.views().size()) +
                                 " and " + std::to_string(num_tokens.size()));
   }
   std::vector<Trunk> trunks;
-  for (std::size_t index = 0; index < pages.size(); ++index) {
-    trunks.push_back({view(pages[index]), num_tokens[index]});
+  for (std::size_t index = 0; index < num_tokens.size(); ++index) {
+    trunks.push_back({copied.views()[index], num_tokens[index]});
   }
   std::vector<vitalrt::Branch> branches;
   {
@@ -198,6 +246,11 @@ std::vector<std::tuple<Array<std::int32_t>, std::int32_t, std::int32_t>> fork_pa
 }
 
 void bind_prefix_cache(py::module_& m) {
+  py::class_<PrefixKey>(m, "PrefixKey")
+      .def(py::init(&make_prefix_key), py::arg("digests"), py::arg("positions").noconvert())
+      .def_property_readonly("digests", &digests_of)
+      .def_property_readonly("positions", &positions_of);
+
   py::class_<PrefixCacheStatistics>(m, "PrefixCacheStatistics")
       .def_readonly("requests", &PrefixCacheStatistics::requests)
       .def_readonly("pages_queried", &PrefixCacheStatistics::pages_queried)
@@ -212,11 +265,10 @@ void bind_prefix_cache(py::module_& m) {
   using WithoutGil = py::call_guard<py::gil_scoped_release>;
   py::class_<PrefixCache>(m, "PrefixCache")
       .def(py::init<BlockPool&, std::int32_t>(), py::arg("pool"), py::arg("page_size"), py::keep_alive<1, 2>())
-      .def("match", &match_prefixes, py::arg("digests"), py::arg("positions").noconvert())
-      .def("insert", &insert_prefixes, py::arg("digests"), py::arg("positions").noconvert(),
-           py::arg("pages").noconvert())
-      .def("release", &release_pages, py::arg("pages").noconvert())
-      .def("fork", &fork_pages, py::arg("pages").noconvert(), py::arg("num_tokens"))
+      .def("match", &match_prefixes, py::arg("keys"))
+      .def("insert", &insert_prefixes, py::arg("keys"), py::arg("pages"))
+      .def("release", &release_pages, py::arg("pages"))
+      .def("fork", &fork_pages, py::arg("pages"), py::arg("num_tokens"))
       .def("evict", &PrefixCache::evict, py::arg("count"), WithoutGil())
       .def("statistics", &PrefixCache::statistics, WithoutGil())
       .def("check_integrity", &PrefixCache::check_integrity, WithoutGil());

@@ -1,6 +1,7 @@
 #include "prefix_cache.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <functional>
 #include <random>
@@ -18,9 +19,9 @@ namespace {
 
 using std::size_t;
 
-constexpr unsigned kKindShift = 30;
-constexpr std::uint32_t kImageBegins = static_cast<std::uint32_t>(Kind::kImage) << kKindShift;
-constexpr std::uint32_t kFirstUnknown = (static_cast<std::uint32_t>(Kind::kLatent) + 1) << kKindShift;
+// Pages looked ahead in a walk, and those asked for before it begins.
+constexpr size_t kStride = 8;
+constexpr std::int32_t kNumPrefetched = 32;
 
 // Requests choose their own tokens: with secrets, they cannot choose where pages land in the table.
 std::vector<std::uint32_t> random_secrets(std::int32_t count) {
@@ -42,29 +43,12 @@ std::uint64_t mix(std::uint64_t a, std::uint64_t b) {
 
 size_t to_size(std::int64_t value) { return static_cast<size_t>(value); }
 
-// Images that begin here. Counted in 32 bits, as wide as a position, so that the compiler takes several at a time.
-size_t count_images(const std::uint32_t* positions, size_t num_positions) {
-  std::uint32_t count = 0;
-  for (size_t index = 0; index < num_positions; ++index) {
-    count += positions[index] == kImageBegins ? 1u : 0u;
-  }
-  return count;
-}
-
 size_t table_size(std::int32_t num_blocks) {
   size_t size = 2;
   while (size < 2 * to_size(num_blocks)) {
     size *= 2;
   }
   return size;
-}
-
-void fail(const std::string& what) { throw std::logic_error("prefix cache: " + what); }
-
-void require_integrity(bool holds, std::int32_t page, const char* what) {
-  if (!holds) {
-    fail("page " + std::to_string(page) + ": " + what);
-  }
 }
 
 }  // namespace
@@ -89,86 +73,68 @@ PrefixCache::~PrefixCache() {
   }
 }
 
-std::vector<Pages> PrefixCache::match(const std::vector<PrefixKey>& batch) {
-  check_keys(batch);
+std::vector<Pages> PrefixCache::match(const Keys& batch) {
   std::vector<Pages> matched(batch.size());
+  for (const PrefixKey* key : batch) {
+    __builtin_prefetch(key);
+  }
   for (size_t request = 0; request < batch.size(); ++request) {
-    matched[request].reserve(num_pages_queried(batch[request]));  // nothing after this can throw
+    batch[request]->prefetch();
+    matched[request].resize(num_pages_queried(*batch[request]));  // nothing after this can throw
   }
   const std::lock_guard lock(pool_.mutex_);
+  prefetch(batch);
   for (size_t request = 0; request < batch.size(); ++request) {
-    const size_t num_pages = num_pages_queried(batch[request]);
-    PageKey key = first_page(batch[request]);
-    std::int32_t page = kNone;
-    for (size_t index = 0; index < num_pages; ++index) {
-      page = find(page, key);
-      if (page == kNone) {
-        break;
-      }
-      matched[request].push_back(page);
+    Pages& pages = matched[request];
+    statistics_.pages_queried += static_cast<std::int64_t>(pages.size());
+    pages.resize(walk(*batch[request], pages.size(), pages.data()));
+    statistics_.pages_hit += static_cast<std::int64_t>(pages.size());
+    for (const std::int32_t page : pages) {
       hold(page);
-      key = after(key, page);
     }
-    statistics_.pages_queried += static_cast<std::int64_t>(num_pages);
-    statistics_.pages_hit += static_cast<std::int64_t>(matched[request].size());
   }
   statistics_.requests += static_cast<std::int64_t>(batch.size());
   return matched;
 }
 
-std::int64_t PrefixCache::insert(const std::vector<PrefixKey>& batch, const std::vector<PagesView>& pages) {
+std::int64_t PrefixCache::insert(const Keys& batch, const std::vector<PagesView>& pages) {
   if (pages.size() != batch.size()) {
     throw std::invalid_argument("pages: expected one list per request, got " + std::to_string(pages.size()) + " for " +
                                 std::to_string(batch.size()));
   }
-  check_keys(batch);
-  Pages added;
+  std::vector<Chain> chains;
+  chains.reserve(batch.size());
+  Pages found;
   std::int64_t num_duplicate = 0;
+  std::int64_t num_added = 0;
   const std::lock_guard lock(pool_.mutex_);
-  size_t num_offered = 0;
-  for (size_t request = 0; request < batch.size(); ++request) {
-    const size_t num_pages = num_full_pages(batch[request]);
-    if (pages[request].size < num_pages) {
-      throw std::invalid_argument("pages: expected " + std::to_string(num_pages) + " for request " +
-                                  std::to_string(request) + ", got " + std::to_string(pages[request].size));
-    }
-    for (size_t index = 0; index < num_pages; ++index) {
-      check_held(pages[request][index]);
-    }
-    num_offered += num_pages;
-  }
-  added.reserve(num_offered);
+  check_offered(batch, pages);
   try {
     for (size_t request = 0; request < batch.size(); ++request) {
-      PageKey key = first_page(batch[request]);
-      std::int32_t parent = kNone;
-      for (size_t index = 0; index < num_full_pages(batch[request]); ++index) {
-        const std::int32_t offered = pages[request][index];
-        const std::int32_t cached = find(parent, key);
-        if (is_cached(offered) && offered != cached) {
-          throw std::invalid_argument("pages: page " + std::to_string(offered) + " is cached with other contents");
-        }
-        if (cached == kNone) {
-          add(offered, parent, key);
-          added.push_back(offered);
-        } else if (cached != offered) {
-          ++num_duplicate;
-        }
-        parent = cached == kNone ? offered : cached;
-        key = after(key, parent);
+      const PrefixKey& key = *batch[request];
+      found.resize(std::max(found.size(), num_full_pages(key)));
+      const size_t num_found = walk(key, num_full_pages(key), found.data());
+      num_duplicate += count_duplicates(pages[request], found, num_found);
+      chains.push_back({pages[request].begin() + num_found, 0, num_found == 0 ? kNone : found[num_found - 1]});
+      add_chain(chains.back(), key, num_found);
+    }
+  } catch (...) {
+    for (; !chains.empty(); chains.pop_back()) {
+      for (Chain& chain = chains.back(); chain.num_pages > 0; --chain.num_pages) {
+        remove(chain.pages[chain.num_pages - 1]);
       }
     }
-  } catch (...) {  // one page offered for two places
-    std::for_each(added.rbegin(), added.rend(), [this](std::int32_t page) { remove(page); });
     throw;
   }
-  for (const std::int32_t page : added) {  // parents before children
-    at(page).users = pool_.count_of(page) - 1;
-    add_user(at(page).parent);
+  for (const Chain& chain : chains) {
+    if (chain.num_pages > 0) {
+      add_busy_child(chain.parent);
+      num_added += static_cast<std::int64_t>(chain.num_pages);
+    }
   }
-  statistics_.pages_inserted += static_cast<std::int64_t>(added.size());
+  statistics_.pages_inserted += num_added;
   statistics_.pages_duplicate += num_duplicate;
-  return static_cast<std::int64_t>(added.size());
+  return num_added;
 }
 
 std::int64_t PrefixCache::release(const std::vector<PagesView>& batch) {
@@ -243,43 +209,110 @@ PrefixCacheStatistics PrefixCache::statistics() const {
   return now;
 }
 
-// --- keys ------------------------------------------------------------------------------------------------------------
+// --- finding pages ---------------------------------------------------------------------------------------------------
 
-void PrefixCache::check_keys(const std::vector<PrefixKey>& batch) const {
-  for (const PrefixKey& key : batch) {
-    if (key.digests.size < kDigestBytes || key.digests.size % kDigestBytes != 0) {
-      throw std::invalid_argument("digests: expected 32 bytes for the namespace and 32 for each image, got " +
-                                  std::to_string(key.digests.size));
+PageKey PrefixCache::key_of(std::int32_t page) const {
+  const Page& node = at(page);
+  if (node.is_inside_image) {
+    return {nullptr, nullptr, 0, true};
+  }
+  const std::uint32_t* positions = positions_of(page);
+  const auto num_images = std::count(positions, positions + page_size_, kImageBegins);
+  const size_t num_digests = to_size(num_images) + (node.parent == kNone ? 1 : 0);
+  return {positions, node.digests.get(), num_digests * kDigestBytes, false};
+}
+
+// A scheduler comes here with cold caches: what the walks of a batch begin with is asked for at once, not one by one.
+void PrefixCache::prefetch(const Keys& batch) const {
+  constexpr size_t kNumAtOnce = 64;
+  std::array<const Slot*, kNumAtOnce> slots;
+  size_t num_slots = 0;
+  for (const PrefixKey* key : batch) {
+    if (num_slots < kNumAtOnce && num_pages_queried(*key) > 0) {
+      slots[num_slots] = &table_[place_of(kNone, key->page(0, page_size_)) & (table_.size() - 1)];
+      __builtin_prefetch(slots[num_slots++]);
     }
-    std::uint32_t largest = 0;
-    for (const std::uint32_t position : key.positions) {
-      largest = std::max(largest, position);
+  }
+  for (size_t index = 0; index < num_slots; ++index) {
+    const std::int32_t page = slots[index]->page;
+    if (page == kNone) {
+      continue;
     }
-    const size_t num_images = count_images(key.positions.begin(), key.positions.size);
-    if (largest >= kFirstUnknown) {
-      throw std::invalid_argument("positions: expected text, image or latent, got kind " +
-                                  std::to_string(largest >> kKindShift));
+    __builtin_prefetch(positions_of(page));
+    for (std::int32_t next = page; next < std::min(page + kNumPrefetched, end_); next += 2) {  // two in a cache line
+      __builtin_prefetch(&at(next));
     }
-    if (num_images >= key.digests.size / kDigestBytes) {
-      throw std::invalid_argument("digests: expected one for each of " + std::to_string(num_images) + " images, got " +
-                                  std::to_string(key.digests.size / kDigestBytes - 1));
+    for (std::int32_t next = page; next < std::min(page + kNumPrefetched, end_); next += 16) {
+      __builtin_prefetch(&pool_.count_of(next));
+    }
+  }
+  for (size_t index = 0; index < num_slots; ++index) {
+    if (slots[index]->page != kNone) {
+      __builtin_prefetch(at(slots[index]->page).digests.get());
     }
   }
 }
 
-// key: of the page.  The next page's, whose digests come after this page's.
-PrefixCache::PageKey PrefixCache::after(const PageKey& key, std::int32_t page) const {
-  const size_t num_bytes = at(page).has_digests ? digests_.at(page).size() : 0;
-  return {key.positions + page_size_, key.digests + num_bytes};
+// Writes the cached pages among the key's first num_pages to `found`. Returns how many there are.
+size_t PrefixCache::walk(const PrefixKey& key, size_t num_pages, std::int32_t* found) const {
+  size_t num_found = 0;
+  std::int32_t page = kNone;
+  while (num_found < num_pages) {
+    page = find(page, key.page(num_found, page_size_));
+    if (page == kNone) {
+      break;
+    }
+    found[num_found++] = page;
+    const PrefixKey::Stretch stretch = key.stretch(num_found, page_size_);
+    const size_t end = std::min(stretch.end, num_pages);
+    num_found =
+        stretch.is_inside_image ? follow_image(num_found, end, found) : follow_words(key, num_found, end, found);
+    page = found[num_found - 1];
+  }
+  return num_found;
 }
 
-PrefixCache::PageKey PrefixCache::key_of(std::int32_t page) const {
-  return {positions_of(page), at(page).has_digests ? digests_.at(page).data() : nullptr};
+// What a walk needs no table for: from the page found before `index` on up to `end`, first children that are the key's.
+// Both return the index after the last one found.
+size_t PrefixCache::follow_image(size_t index, size_t end, std::int32_t* found) const {
+  std::int32_t page = found[index - 1];
+  for (; index < end; ++index) {
+    page = at(page).first_child;
+    if (page == kNone || !at(page).is_inside_image) {
+      break;
+    }
+    found[index] = page;
+  }
+  return index;
 }
 
-// The namespace's on a first page, and those of the images that begin on it.
-size_t PrefixCache::num_digest_bytes(std::int32_t parent, const PageKey& key) const {
-  return (count_images(key.positions, page_size_) + (parent == kNone ? 1 : 0)) * kDigestBytes;
+size_t PrefixCache::follow_words(const PrefixKey& key, size_t index, size_t end, std::int32_t* found) const {
+  std::int32_t page = found[index - 1];
+  while (index < end) {
+    const size_t stride = std::min(index + kStride, end);
+    size_t linked = index;
+    for (; linked < stride; ++linked) {
+      page = at(page).first_child;
+      if (page == kNone || at(page).is_inside_image || at(page).digests != nullptr) {
+        break;
+      }
+      __builtin_prefetch(positions_of(page));
+      found[linked] = page;
+    }
+    for (; index < linked; ++index) {
+      if (!holds(found[index], key.positions().data + index * page_size_)) {
+        return index;
+      }
+    }
+    if (linked < stride) {
+      break;
+    }
+  }
+  return index;
+}
+
+bool PrefixCache::holds(std::int32_t page, const std::uint32_t* positions) const {
+  return std::memcmp(positions_of(page), positions, page_size_ * sizeof(std::uint32_t)) == 0;
 }
 
 // Where to look in the table. NH, a sum of products of sums with secrets: two pages that differ agree by chance only,
@@ -287,6 +320,9 @@ size_t PrefixCache::num_digest_bytes(std::int32_t parent, const PageKey& key) co
 std::uint32_t PrefixCache::place_of(std::int32_t parent, const PageKey& key) const {
   constexpr std::uint64_t kOdd = 0x9e3779b97f4a7c15;
   std::uint64_t sum = static_cast<std::uint64_t>(parent) * kOdd;
+  if (key.is_inside_image) {
+    return static_cast<std::uint32_t>(mix(sum, kOdd) >> (64 - VITALRT_HASH_BITS));
+  }
   const auto salted = [&](size_t index) -> std::uint64_t { return key.positions[index] + secrets_[index]; };
   size_t index = 0;
   for (; index + 1 < page_size_; index += 2) {
@@ -296,8 +332,7 @@ std::uint32_t PrefixCache::place_of(std::int32_t parent, const PageKey& key) con
     sum += salted(index) * kOdd;
   }
   std::uint64_t hash = mix(sum, kOdd);
-  const size_t num_bytes = num_digest_bytes(parent, key);
-  for (size_t offset = 0; offset < num_bytes; offset += sizeof(std::uint64_t)) {
+  for (size_t offset = 0; offset < key.num_digest_bytes; offset += sizeof(std::uint64_t)) {
     std::uint64_t part = 0;
     std::memcpy(&part, key.digests + offset, sizeof part);
     hash = mix(hash ^ part, kOdd);
@@ -305,19 +340,12 @@ std::uint32_t PrefixCache::place_of(std::int32_t parent, const PageKey& key) con
   return static_cast<std::uint32_t>(hash >> (64 - VITALRT_HASH_BITS));
 }
 
-// --- tree and table --------------------------------------------------------------------------------------------------
-
-// Parent and positions being equal, both have as many digests.
+// Of two pages with one parent that are both inside an image, both go on from the parent alike. Parent and positions
+// being equal, both have as many digests.
 bool PrefixCache::is_page(std::int32_t page, std::int32_t parent, const PageKey& key) const {
-  if (at(page).parent != parent ||
-      std::memcmp(positions_of(page), key.positions, page_size_ * sizeof(std::uint32_t)) != 0) {
-    return false;
-  }
-  if (!at(page).has_digests) {
-    return true;
-  }
-  const std::vector<std::uint8_t>& digests = digests_.at(page);
-  return std::equal(digests.begin(), digests.end(), key.digests);
+  return at(page).parent == parent && at(page).is_inside_image == key.is_inside_image &&
+         (key.is_inside_image || holds(page, key.positions)) &&
+         (key.num_digest_bytes == 0 || std::memcmp(at(page).digests.get(), key.digests, key.num_digest_bytes) == 0);
 }
 
 // The cached page of this parent and key, or kNone. Most pages have one child: those take no look at the table.
@@ -343,23 +371,91 @@ std::int32_t PrefixCache::search(std::int32_t parent, const PageKey& key) const 
   return kNone;
 }
 
-// With the tree's reference, but as yet without users.
-void PrefixCache::add(std::int32_t page, std::int32_t parent, const PageKey& key) {
-  const size_t num_bytes = num_digest_bytes(parent, key);
-  if (num_bytes > 0) {
-    digests_[page].assign(key.digests, key.digests + num_bytes);  // first: it may throw
+// --- changing the tree -----------------------------------------------------------------------------------------------
+
+void PrefixCache::check_offered(const Keys& batch, const std::vector<PagesView>& pages) const {
+  for (size_t request = 0; request < batch.size(); ++request) {
+    const size_t num_pages = num_full_pages(*batch[request]);
+    if (pages[request].size < num_pages) {
+      throw std::invalid_argument("pages: expected " + std::to_string(num_pages) + " for request " +
+                                  std::to_string(request) + ", got " + std::to_string(pages[request].size));
+    }
+    for (size_t index = 0; index < num_pages; ++index) {
+      check_held(pages[request][index]);
+    }
   }
-  std::memcpy(positions_of(page), key.positions, page_size_ * sizeof(std::uint32_t));
-  at(page).parent = parent;
-  at(page).has_digests = num_bytes > 0;
+}
+
+// Of the pages offered where an equal one was found.
+std::int64_t PrefixCache::count_duplicates(const PagesView& offered, const Pages& found, size_t num_found) const {
+  std::int64_t num_duplicate = 0;
+  for (size_t index = 0; index < num_found; ++index) {
+    if (offered[index] != found[index]) {
+      check_uncached(offered[index]);
+      ++num_duplicate;
+    }
+  }
+  return num_duplicate;
+}
+
+// Adds the key's pages from index `start` on, each the only child of the one before, and counts them in `chain` one by
+// one: should this throw, they are to be removed. They are busy, but the chain's parent is not yet told.
+void PrefixCache::add_chain(Chain& chain, const PrefixKey& key, size_t start) {
+  const size_t num_pages = num_full_pages(key);
+  std::int32_t last = chain.parent;
+  size_t index = start;
+  while (index < num_pages) {
+    const std::int32_t page = chain.pages[index - start];
+    check_uncached(page);
+    add(page, last, key.page(index, page_size_));
+    if (index > start) {
+      at(last).num_busy_children = 1;
+    }
+    last = page;
+    chain.num_pages = ++index - start;
+    const PrefixKey::Stretch stretch = key.stretch(index, page_size_);
+    for (const size_t end = std::min(stretch.end, num_pages); index < end; ++index) {
+      const std::int32_t next = chain.pages[index - start];
+      check_uncached(next);
+      if (!stretch.is_inside_image) {
+        copy_positions(next, key.positions().data + index * page_size_);
+      }
+      put(next, last, stretch.is_inside_image);
+      at(last).first_child = next;
+      at(last).num_busy_children = 1;
+      chain.num_pages = index + 1 - start;
+      last = next;
+    }
+  }
+}
+
+void PrefixCache::add(std::int32_t page, std::int32_t parent, const PageKey& key) {
+  if (key.num_digest_bytes > 0) {  // first: it may throw
+    at(page).digests = std::make_unique<std::uint8_t[]>(key.num_digest_bytes);
+    std::memcpy(at(page).digests.get(), key.digests, key.num_digest_bytes);
+  }
+  if (!key.is_inside_image) {
+    copy_positions(page, key.positions);
+  }
+  put(page, parent, key.is_inside_image);
   if (parent != kNone && at(parent).first_child == kNone) {
     at(parent).first_child = page;
   } else {
-    add_slot(page);
+    add_slot(page, place_of(parent, key));
     if (parent != kNone) {
       ++at(parent).num_others;
     }
   }
+}
+
+void PrefixCache::copy_positions(std::int32_t page, const std::uint32_t* positions) {
+  std::memcpy(positions_of(page), positions, page_size_ * sizeof(std::uint32_t));
+}
+
+// With the tree's reference.
+void PrefixCache::put(std::int32_t page, std::int32_t parent, bool is_inside_image) {
+  at(page).parent = parent;
+  at(page).is_inside_image = is_inside_image;
   ++pool_.count_of(page);
   ++statistics_.pages_cached;
 }
@@ -376,17 +472,13 @@ void PrefixCache::remove(std::int32_t page) {
       --at(parent).num_others;
     }
   }
-  if (at(page).has_digests) {
-    digests_.erase(page);
-  }
   at(page) = Page{};
   --pool_.count_of(page);
   --statistics_.pages_cached;
 }
 
-void PrefixCache::add_slot(std::int32_t page) {
+void PrefixCache::add_slot(std::int32_t page, std::uint32_t place) {
   const size_t mask = table_.size() - 1;
-  const std::uint32_t place = place_of(at(page).parent, key_of(page));
   size_t slot = place & mask;
   while (table_[slot].page != kNone) {
     slot = (slot + 1) & mask;
@@ -415,10 +507,11 @@ void PrefixCache::erase_slot(std::int32_t page) {
 
 // One reference more, for a sequence.
 void PrefixCache::hold(std::int32_t page) {
-  ++pool_.count_of(page);
-  if (is_cached(page)) {
-    add_user(page);
+  if (is_cached(page) && is_idle(page)) {
+    unlist(page);
+    add_busy_child(at(page).parent);
   }
+  ++pool_.count_of(page);
 }
 
 // One reference less. Returns the number of pages freed, 0 or 1.
@@ -426,23 +519,32 @@ std::int32_t PrefixCache::let_go(std::int32_t page) {
   const bool is_last = --pool_.count_of(page) == 0;
   if (is_last) {
     pool_.give_back(page);
-  } else if (is_cached(page)) {
-    drop_user(page);
+  } else if (is_cached(page) && is_idle(page)) {
+    list_newest(page);
+    drop_busy_child(at(page).parent);
   }
   return is_last;
 }
 
-// A page that becomes busy is a user of its parent. Whoever holds a page mostly holds its parent too, so this ends
-// soon.
-void PrefixCache::add_user(std::int32_t page) {
-  while (page != kNone && at(page).users++ == 0) {
+// Whoever holds a page mostly holds its parent too, so this ends soon.
+void PrefixCache::add_busy_child(std::int32_t page) {
+  while (page != kNone) {
+    const bool was_idle = is_idle(page);
+    ++at(page).num_busy_children;
+    if (!was_idle) {
+      break;
+    }
     unlist(page);
     page = at(page).parent;
   }
 }
 
-void PrefixCache::drop_user(std::int32_t page) {
-  while (page != kNone && --at(page).users == 0) {
+void PrefixCache::drop_busy_child(std::int32_t page) {
+  while (page != kNone) {
+    --at(page).num_busy_children;
+    if (!is_idle(page)) {
+      break;
+    }
     list_newest(page);
     page = at(page).parent;
   }
@@ -466,9 +568,18 @@ void PrefixCache::unlist(std::int32_t page) {
 // --- checks ----------------------------------------------------------------------------------------------------------
 
 void PrefixCache::check_held(std::int32_t page) const {
-  pool_.check_known(page);
-  if (pool_.count_of(page) == (is_cached(page) ? 1 : 0)) {
+  if (page < 0 || page >= end_) {
+    pool_.check_known(page);
+  }
+  const std::int32_t count = pool_.count_of(page);
+  if (count == 0 || (count == 1 && is_cached(page))) {
     throw std::invalid_argument("pages: expected pages that a sequence holds, got page " + std::to_string(page));
+  }
+}
+
+void PrefixCache::check_uncached(std::int32_t page) const {
+  if (is_cached(page)) {
+    throw std::invalid_argument("pages: page " + std::to_string(page) + " is cached with other contents");
   }
 }
 
@@ -495,83 +606,6 @@ void PrefixCache::check_releasable(const std::vector<PagesView>& batch) {
   if (refused != kNone) {
     throw std::invalid_argument("pages: expected pages that a sequence holds, got page " + std::to_string(refused) +
                                 " once too often");
-  }
-}
-
-void PrefixCache::check_integrity() const {
-  const std::lock_guard lock(pool_.mutex_);
-  pool_.check_runs();
-  check_tree();
-  check_table();
-  check_list();
-}
-
-void PrefixCache::check_tree() const {
-  std::vector<std::int32_t> busy_children(pages_.size(), 0);
-  std::vector<std::int32_t> num_others(pages_.size(), 0);
-  std::int64_t num_cached = 0;
-  for (std::int32_t page = 0; page < end_; ++page) {
-    if (!is_cached(page)) {
-      continue;
-    }
-    ++num_cached;
-    const std::int32_t parent = at(page).parent;
-    require_integrity(parent == kNone || is_cached(parent), page, "its parent is not cached");
-    if (at(page).users > 0 && parent != kNone) {
-      ++busy_children[to_size(parent)];
-    }
-    if (parent != kNone && at(parent).first_child != page) {
-      ++num_others[to_size(parent)];
-    }
-    const std::int32_t child = at(page).first_child;
-    require_integrity(child == kNone || at(child).parent == page, page, "its first child is another's");
-    require_integrity(at(page).has_digests == (digests_.count(page) == 1), page, "its digests are lost");
-    require_integrity(find(parent, key_of(page)) == page, page, "it is not found by its key");
-  }
-  for (std::int32_t page = 0; page < end_; ++page) {
-    const std::int32_t num_sequences = pool_.ref_counts_[to_size(page)] - 1;
-    require_integrity(!is_cached(page) || at(page).users == num_sequences + busy_children[to_size(page)], page,
-                      "its users are not its sequences and busy children");
-    require_integrity(at(page).num_others == num_others[to_size(page)], page, "its children are not counted right");
-  }
-  if (num_cached != statistics_.pages_cached) {
-    fail(std::to_string(num_cached) + " pages are cached, counted were " + std::to_string(statistics_.pages_cached));
-  }
-}
-
-void PrefixCache::check_table() const {
-  std::int64_t num_reached = 0;
-  for (const Page& page : pages_) {
-    num_reached += page.first_child != kNone;
-  }
-  for (const Slot& slot : table_) {
-    if (slot.page != kNone) {
-      ++num_reached;
-      require_integrity(is_cached(slot.page), slot.page, "it is in the table and not cached");
-    }
-  }
-  if (num_reached != statistics_.pages_cached) {
-    fail(std::to_string(num_reached) + " pages are reached, cached are " + std::to_string(statistics_.pages_cached));
-  }
-}
-
-void PrefixCache::check_list() const {
-  std::vector<bool> is_older(pages_.size(), false);
-  std::int64_t num_idle = 0;
-  for (std::int32_t page = at(end_).newer; page != end_; page = at(page).newer) {
-    require_integrity(is_cached(page) && at(page).users == 0, page, "it is listed as idle and is not");
-    require_integrity(at(at(page).newer).older == page, page, "the list does not lead back to it");
-    require_integrity(at(page).parent == kNone || !is_older[to_size(at(page).parent)], page,
-                      "it is newer than its parent");
-    is_older[to_size(page)] = true;
-    ++num_idle;
-  }
-  for (std::int32_t page = 0; page < end_; ++page) {
-    require_integrity(!is_cached(page) || at(page).users > 0 || is_older[to_size(page)], page,
-                      "it is idle and not listed");
-  }
-  if (num_idle != statistics_.pages_idle) {
-    fail(std::to_string(num_idle) + " idle pages, counted were " + std::to_string(statistics_.pages_idle));
   }
 }
 

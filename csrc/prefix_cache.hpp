@@ -5,12 +5,12 @@
 // by its parent page and its own positions. Pages are the unit of sharing and of eviction, so a node is one page, and
 // its index is the block's.
 //
-// No collisions. A position is a word of 32 bits: what kind it is, and which one of that kind (see Kind). The page in
-// which an image begins also carries the image's 256-bit digest, and a first page the 256-bit digest of its namespace;
-// the pages after it inherit both through their parent. All of it is stored and compared in full: a hash only says
-// where to look, and only where a page has several children. Comparing a page of 16 words reads one cache line, which a
-// chain of cryptographic digests, equally safe, could not match in speed; and it assumes nothing of any hash function
-// beyond SHA-256 of images and names.
+// No collisions. The page in which an image begins carries the image's digest, and a first page the digest of its
+// namespace; the pages after it inherit both through their parent. Digests and positions are stored and compared in
+// full (prefix_key.hpp): a hash only says where to look, and only where a page has several children. Comparing a page
+// of 16 words reads one cache line, which a chain of cryptographic digests, equally safe, could not match in speed; and
+// it assumes nothing of any hash function beyond SHA-256 of images and names. A page inside an image goes on counting
+// where its parent ends, so that its positions need neither be kept nor compared.
 //
 // Ownership. The tree holds one reference to each cached page and every sequence its own, all counted by the pool. A
 // sequence's pages are taken by BlockPool::allocate, match() or fork(), and given back by release(), never by the
@@ -28,38 +28,14 @@
 #include <cstdint>
 #include <memory>
 #include <new>
-#include <unordered_map>
 #include <vector>
 
 #include "block_pool.hpp"
+#include "prefix_key.hpp"
 
 namespace vitalrt {
 
-template <typename T>
-struct Span {
-  const T* data;
-  std::size_t size;
-
-  const T& operator[](std::size_t index) const { return data[index]; }
-  const T* begin() const { return data; }
-  const T* end() const { return data + size; }
-};
-
-// The two highest bits of a position word; the other 30 say which one.
-enum class Kind : std::uint32_t {
-  kText = 0,    // token id
-  kImage = 1,   // index within its image; 0 begins the next image
-  kLatent = 2,  // index of the latent step: same prefix, same index, same vector, whatever the request's K
-};
-
-constexpr std::size_t kDigestBytes = 32;
-
-// What a sequence holds, position by position. digests: the namespace's, then one per image in order, 32 bytes each.
-struct PrefixKey {
-  Span<std::uint8_t> digests;
-  Span<std::uint32_t> positions;
-};
-
+using Keys = std::vector<const PrefixKey*>;
 using Pages = std::vector<std::int32_t>;
 using PagesView = Span<std::int32_t>;
 
@@ -100,12 +76,12 @@ class PrefixCache {
   // For each request the longest run of cached pages from its first position on, each with a reference more, which is
   // the sequence's until it is released. Never up to the last position: it must be computed, for a sequence goes on
   // from its hidden state.
-  std::vector<Pages> match(const std::vector<PrefixKey>& batch);
+  std::vector<Pages> match(const Keys& batch);
 
   // Caches each request's full pages; the sequence keeps its references. pages[r]: at least one per full page, held by
   // the sequence, in order of position. Where an equal page is cached already, the sequence's own stays uncached, and
   // pages after it join the cached one. Returns the number of pages now cached that were not.
-  std::int64_t insert(const std::vector<PrefixKey>& batch, const std::vector<PagesView>& pages);
+  std::int64_t insert(const Keys& batch, const std::vector<PagesView>& pages);
 
   // Drops one reference of each page. Cached pages stay in the cache. Returns the number of pages that became free.
   std::int64_t release(const std::vector<PagesView>& batch);
@@ -126,21 +102,18 @@ class PrefixCache {
   static constexpr std::int32_t kNone = -1;
   static constexpr std::int32_t kNotCached = -2;  // as a parent
 
-  // Small, because matching is a walk through memory: pages of one sequence mostly lie side by side.
+  // 32 bytes, because matching is a walk through memory.
   struct Page {
     std::int32_t parent = kNotCached;
-    std::int32_t first_child = kNone;  // one of the children, or none of them
-    std::int32_t num_others = 0;       // of the children, those that are in the table
-    std::int32_t users = 0;            // sequences that hold it, plus busy children; 0 = idle
+    std::int32_t first_child = kNone;      // one of the children, or none of them
+    std::uint32_t num_others : 31;         // of the children, those that are in the table
+    std::uint32_t is_inside_image : 1;     // then its positions are not kept
+    std::int32_t num_busy_children = 0;
     std::int32_t older = kNone;
     std::int32_t newer = kNone;
-    bool has_digests = false;
-  };
+    std::unique_ptr<std::uint8_t[]> digests;  // of the page's own key, if it has any
 
-  // A page as it is looked for: where its positions begin, and where its digests do if it has any.
-  struct PageKey {
-    const std::uint32_t* positions;
-    const std::uint8_t* digests;
+    Page() : num_others(0), is_inside_image(0) {}
   };
 
   // The positions of one page are one cache line too, at 16 a page.
@@ -154,39 +127,56 @@ class PrefixCache {
     std::int32_t page;
   };
 
-  static PageKey first_page(const PrefixKey& key) { return {key.positions.begin(), key.digests.begin()}; }
-  PageKey after(const PageKey& key, std::int32_t page) const;
-  PageKey key_of(std::int32_t page) const;
-  std::size_t num_digest_bytes(std::int32_t parent, const PageKey& key) const;
-  std::size_t num_full_pages(const PrefixKey& key) const { return key.positions.size / page_size_; }
-  std::size_t num_pages_queried(const PrefixKey& key) const {
-    return key.positions.size == 0 ? 0 : (key.positions.size - 1) / page_size_;
-  }
-  void check_keys(const std::vector<PrefixKey>& batch) const;
+  // What insert() adds for one request.
+  struct Chain {
+    const std::int32_t* pages;
+    std::size_t num_pages;
+    std::int32_t parent;
+  };
 
+  std::size_t num_full_pages(const PrefixKey& key) const { return key.positions().size / page_size_; }
+  std::size_t num_pages_queried(const PrefixKey& key) const {
+    return key.positions().size == 0 ? 0 : (key.positions().size - 1) / page_size_;
+  }
+  PageKey key_of(std::int32_t page) const;
+
+  void prefetch(const Keys& batch) const;
   std::uint32_t place_of(std::int32_t parent, const PageKey& key) const;
   bool is_page(std::int32_t page, std::int32_t parent, const PageKey& key) const;
+  std::size_t walk(const PrefixKey& key, std::size_t num_pages, std::int32_t* found) const;
+  std::size_t follow_image(std::size_t index, std::size_t end, std::int32_t* found) const;
+  std::size_t follow_words(const PrefixKey& key, std::size_t index, std::size_t end, std::int32_t* found) const;
+  bool holds(std::int32_t page, const std::uint32_t* positions) const;
   std::int32_t find(std::int32_t parent, const PageKey& key) const;
   std::int32_t search(std::int32_t parent, const PageKey& key) const;
+
+  void check_offered(const Keys& batch, const std::vector<PagesView>& pages) const;
+  std::int64_t count_duplicates(const PagesView& offered, const Pages& found, std::size_t num_found) const;
+  void add_chain(Chain& chain, const PrefixKey& key, std::size_t start);
   void add(std::int32_t page, std::int32_t parent, const PageKey& key);
+  void copy_positions(std::int32_t page, const std::uint32_t* positions);
+  void put(std::int32_t page, std::int32_t parent, bool is_inside_image);
   void remove(std::int32_t page);
-  void add_slot(std::int32_t page);
+  void add_slot(std::int32_t page, std::uint32_t place);
   void erase_slot(std::int32_t page);
 
   void hold(std::int32_t page);
   std::int32_t let_go(std::int32_t page);
-  void add_user(std::int32_t page);
-  void drop_user(std::int32_t page);
+  void add_busy_child(std::int32_t page);
+  void drop_busy_child(std::int32_t page);
   void list_newest(std::int32_t page);
   void unlist(std::int32_t page);
 
   void check_held(std::int32_t page) const;
+  void check_uncached(std::int32_t page) const;
   void check_releasable(const std::vector<PagesView>& batch);
   void check_tree() const;
   void check_table() const;
   void check_list() const;
 
   bool is_cached(std::int32_t page) const { return at(page).parent != kNotCached; }
+  // Of a cached page: only the tree holds it.
+  bool is_idle(std::int32_t page) const { return pool_.count_of(page) == 1 && at(page).num_busy_children == 0; }
   Page& at(std::int32_t page) { return pages_[static_cast<std::size_t>(page)]; }
   const Page& at(std::int32_t page) const { return pages_[static_cast<std::size_t>(page)]; }
   std::uint32_t* positions_of(std::int32_t page) { return &positions_[static_cast<std::size_t>(page) * page_size_]; }
@@ -201,7 +191,6 @@ class PrefixCache {
   std::vector<Page> pages_;                     // by block
   // [block, page_size]; untouched, so not yet memory, until used
   std::unique_ptr<std::uint32_t[], AlignedDelete> positions_;
-  std::unordered_map<std::int32_t, std::vector<std::uint8_t>> digests_;  // of pages that have any
   std::vector<Slot> table_;
   PrefixCacheStatistics statistics_{};
 };

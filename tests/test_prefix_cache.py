@@ -94,7 +94,7 @@ class Sequence:
 
 PIECES = st.one_of(
     st.lists(st.sampled_from(text(0, 1)), min_size=1, max_size=4),
-    st.builds(image, st.sampled_from(IMAGES), st.just(3)),
+    st.builds(image, st.sampled_from(IMAGES), st.integers(3, 8)),
 )
 PROMPTS = st.lists(PIECES, min_size=1, max_size=3).map(lambda pieces: [*chain.from_iterable(pieces)])
 CONTINUATIONS = st.builds(
@@ -449,21 +449,72 @@ def test_one_page_for_two_places_is_refused_whole() -> None:
     assert cache.insert(keys[:1], [[page, other]]) == 2
 
 
+KEY = PrefixKey(bytes(32), np.zeros(2, np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("digests", "positions", "error", "words"),
+    [
+        (b"short", np.zeros(2, np.uint32), ValueError, "digests: expected 32 bytes"),
+        (b"", np.zeros(2, np.uint32), ValueError, "digests: expected 32 bytes"),
+        (bytes(32), np.array([IMAGE, 0], np.uint32), ValueError, "of 1 images, got 0"),
+        (bytes(64), np.array([IMAGE, IMAGE], np.uint32), ValueError, "of 2 images, got 1"),
+        (bytes(32), np.array([0, 3 << 30], np.uint32), ValueError, "got kind 3"),
+        (bytes(32), np.zeros((1, 2), np.uint32), ValueError, "positions: expected one axis, got 2"),
+        (bytes(32), np.zeros(2, np.int64), TypeError, "incompatible"),
+    ],
+)
+def test_keys_that_are_none(digests: bytes, positions: np.ndarray, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        PrefixKey(digests, positions)
+
+
+def test_a_key_is_its_own() -> None:
+    positions = np.arange(4, dtype=np.uint32)
+    key = PrefixKey(bytes(range(32)), positions)
+    positions[:] = 7
+    view = key.positions
+    assert key.digests == bytes(range(32))
+    with pytest.raises(ValueError, match="read-only"):
+        view[0] = 1
+    with pytest.raises(AttributeError):
+        key.positions = positions
+    del key
+    assert view.tolist() == [0, 1, 2, 3]
+
+
+def test_image_positions_outside_of_an_image_are_no_part_of_it() -> None:
+    """Pages inside an image are known by their parent alone: nothing else may pass for one, nor they for another."""
+    image_words = [IMAGE + index for index in range(8)]
+    whole = PrefixKey(bytes(64), np.array([*image_words, 0], np.uint32))
+    pool = BlockPool(16)
+    cache = PrefixCache(pool, PAGE)
+    cache.insert([whole], [pool.allocate(4)])
+    for at in range(2, 8):
+        others = [*image_words, 0]
+        for other in (IMAGE + at + 1, IMAGE + at - 1, IMAGE, at):
+            others[at] = other
+            (pages,) = cache.match([PrefixKey(bytes(64) + bytes(32), np.array(others, np.uint32))])
+            assert len(pages) == at // PAGE
+        gapless = [*image_words[:at], *image_words[at + 1 :], 0]
+        (pages,) = cache.match([PrefixKey(bytes(64), np.array(gapless, np.uint32))])
+        assert len(pages) == at // PAGE
+    assert len(cache.match([whole])[0]) == 4
+    stray = PrefixKey(bytes(32), np.array([5, 6, *image_words[2:], 0], np.uint32))
+    assert cache.insert([stray], [pool.allocate(4)]) == 4
+    assert len(cache.match([stray])[0]) == 4
+    cache.check_integrity()
+
+
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda core: core.match([b"short"], [np.zeros(2, np.uint32)]), ValueError, "digests: expected 32 bytes"),
-        (lambda core: core.match([bytes(32)], [np.array([1 << 30, 0], np.uint32)]), ValueError, "of 1 images, got 0"),
-        (lambda core: core.match([bytes(32)], [np.array([3 << 30, 0], np.uint32)]), ValueError, "got kind 3"),
-        (lambda core: core.match([bytes(32)], []), ValueError, "expected as many, got 1 and 0"),
-        (lambda core: core.match([bytes(32)], [np.zeros((1, 2), np.uint32)]), ValueError, "expected one axis, got 2"),
-        (lambda core: core.match([bytes(32)], [np.zeros(2, np.int64)]), TypeError, "incompatible function arguments"),
-        (
-            lambda core: core.insert([bytes(32)], [np.zeros(2, np.uint32)], [np.zeros(0, np.int32)]),
-            ValueError,
-            "pages: expected 1 for request 0, got 0",
-        ),
-        (lambda core: core.insert([bytes(32)], [np.zeros(2, np.uint32)], []), ValueError, "one list per request"),
+        (lambda core: core.match([None]), TypeError, "keys: expected PrefixKey, got NoneType"),
+        (lambda core: core.match([b"key"]), TypeError, "keys: expected PrefixKey, got bytes"),
+        (lambda core: core.insert([KEY], [[]]), ValueError, "pages: expected 1 for request 0, got 0"),
+        (lambda core: core.insert([KEY], [[[0]]]), ValueError, "pages: expected one axis, got 2"),
+        (lambda core: core.insert([KEY], [["page"]]), ValueError, "invalid literal"),
+        (lambda core: core.insert([KEY], []), ValueError, "one list per request"),
         (lambda core: core.fork([np.zeros(1, np.int32)], [3]), ValueError, "num_tokens: expected 0 to 2, got 3"),
         (lambda core: core.fork([np.zeros(1, np.int32)], [-1]), ValueError, "num_tokens: expected 0 to 2, got -1"),
         (lambda core: core.fork([np.zeros(1, np.int32)], []), ValueError, "expected as many, got 1 and 0"),
@@ -496,7 +547,7 @@ def test_integrity_check_sees_a_reference_that_went_past_the_cache() -> None:
     pages = pool.allocate(1)
     cache.insert([key_of(NAMESPACES[0], text(1, 2))], [pages])
     pool.release(pages)
-    with pytest.raises(RuntimeError, match="users are not its sequences"):
+    with pytest.raises(RuntimeError, match="it is idle and not listed"):
         cache.check_integrity()
 
 

@@ -3,7 +3,7 @@
 // time.
 //
 // libFuzzer: clang++ -std=c++17 -g -fsanitize=fuzzer,address,undefined -DVITALRT_HASH_BITS=2 -Icsrc
-//            csrc/fuzz/prefix_cache_fuzz.cpp csrc/prefix_cache.cpp csrc/block_pool.cpp
+//            csrc/fuzz/prefix_cache_fuzz.cpp csrc/prefix*.cpp csrc/block_pool.cpp
 // AFL, and random bytes where there is neither: the same with csrc/fuzz/driver.cpp and without `fuzzer`.
 #include <algorithm>
 #include <array>
@@ -77,7 +77,7 @@ Sequence read_sequence(Bytes& bytes) {
   for (std::uint32_t piece = bytes.below(4) + 1; piece > 0; --piece) {
     const std::uint32_t kind = bytes.below(3);
     const std::uint32_t which = bytes.below(2);
-    const std::uint32_t length = bytes.below(4) + 1;
+    const std::uint32_t length = bytes.below(kind == 1 ? 8 : 4) + 1;
     if (kind == 1) {
       sequence.add_digest(static_cast<std::uint8_t>(which + 10));
     }
@@ -145,7 +145,8 @@ class Run {
       return;
     }
     Sequence sequence = read_sequence(bytes);
-    const auto matched = cache_.match({sequence.key()});
+    const PrefixKey key = sequence.key();
+    const auto matched = cache_.match({&key});
     Pages expected;
     for (std::size_t full = 1; full * kPageSize < sequence.positions.size(); ++full) {
       const auto hit = cached_.find(sequence.prefix(full));
@@ -169,6 +170,7 @@ class Run {
 
   void insert(const Chosen& chosen) {
     std::vector<PrefixKey> keys;
+    vitalrt::Keys batch;
     std::vector<PagesView> pages;
     std::int64_t num_new = 0;
     for (const std::size_t index : chosen) {
@@ -179,7 +181,10 @@ class Run {
         num_new += cached_.emplace(sequence.prefix(full), sequence.pages[full - 1]).second;
       }
     }
-    require(cache_.insert(keys, pages) == num_new, "pages inserted");
+    for (const PrefixKey& key : keys) {
+      batch.push_back(&key);
+    }
+    require(cache_.insert(batch, pages) == num_new, "pages inserted");
     settle(sequences_);
   }
 
@@ -258,7 +263,9 @@ class Run {
     }
     const std::int32_t page = bytes.below(2) != 0 ? right.pages[0] : kNumPages;
     wrong.pages.assign(2, page);
-    require_refusal([&] { cache_.insert({right.key(), wrong.key()}, {right.pages_view(), wrong.pages_view()}); });
+    const PrefixKey right_key = right.key();
+    const PrefixKey wrong_key = wrong.key();
+    require_refusal([&] { cache_.insert({&right_key, &wrong_key}, {right.pages_view(), wrong.pages_view()}); });
     const auto num_holders = std::count_if(sequences_.begin(), sequences_.end(), [&](const Sequence& one) {
       return !one.pages.empty() && one.pages[0] == right.pages[0];
     });

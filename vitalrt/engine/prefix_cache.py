@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from vitalrt._core import BlockPool, PrefixCacheStatistics
 from vitalrt._core import PrefixCache as NativeCache
+from vitalrt._core import PrefixKey as NativeKey
 from vitalrt.config import ModelConfig
 from vitalrt.errors import InputError
 from vitalrt.inputs.prompt import Prompt
@@ -40,18 +40,17 @@ def namespace_digest(model: str, adapter: str | None = None, cache_salt: str | N
     return hashlib.sha256(json.dumps([model, adapter, cache_salt]).encode()).digest()
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class PrefixKey:
+class PrefixKey(NativeKey):
     """What a sequence holds, position by position. Two sequences share a page when all positions up to its end agree.
 
-    digests: the namespace's, then one per image, 32 bytes each.  positions: [T] uint32, contiguous; not to be changed.
+    PrefixKey(digests, positions) copies both and never changes. digests: the namespace's, then one per image, 32 bytes
+    each.  positions: [T] uint32.  Raises ValueError on a position of no kind, or too few digests.
 
     A latent is known by its prefix and its index alone: z_1, z_2 of a request with K = 2 are the first two of one with
     K = 4. A token after them is of another kind than a third latent, so answers are shared between equal K only.
     """
 
-    digests: bytes
-    positions: NDArray[np.uint32]
+    __slots__ = ()
 
     @classmethod
     def of_prompt(cls, namespace: bytes, prompt: Prompt, config: ModelConfig) -> PrefixKey:
@@ -125,7 +124,7 @@ class PrefixCache:
         Never all of its positions: the last one must be computed, for its hidden state is what the sequence goes on
         from.
         """
-        return self._core.match([key.digests for key in keys], [key.positions for key in keys])
+        return self._core.match(keys)
 
     def insert(self, keys: Sequence[PrefixKey], pages: Sequence[Pages | Sequence[int]]) -> int:
         """Cache each key's full pages, which must have been written; pages beyond them are left alone.
@@ -133,12 +132,11 @@ class PrefixCache:
         The caller keeps holding its pages. A page whose equal is cached already stays its holder's own. Returns how
         many pages are now cached that were not.
         """
-        arrays = [np.asarray(one, np.int32) for one in pages]
-        return self._core.insert([key.digests for key in keys], [key.positions for key in keys], arrays)
+        return self._core.insert(keys, pages)
 
     def release(self, pages: Sequence[Pages | Sequence[int]]) -> int:
         """Let go of each sequence's pages. Cached ones stay in the cache. Returns how many became free."""
-        return self._core.release([np.asarray(one, np.int32) for one in pages])
+        return self._core.release(pages)
 
     def fork(self, pages: Sequence[Pages | Sequence[int]], num_tokens: Sequence[int]) -> list[Branch]:
         """For each sequence, the pages of a second one that goes on from its first num_tokens tokens.
@@ -146,7 +144,7 @@ class PrefixCache:
         Full pages are shared; a partial one is the branch's own, to be copied. The same sequence may be named several
         times. Raises OutOfBlocksError where the pool has too few pages.
         """
-        forked = self._core.fork([np.asarray(one, np.int32) for one in pages], list(num_tokens))
+        forked = self._core.fork(pages, num_tokens)
         return [Branch(one, None if source < 0 else (source, target)) for one, source, target in forked]
 
     def evict(self, count: int) -> int:
