@@ -142,6 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = ["kernels"] if options.tune else options.only or [section.name for section in sections]
     if unknown := sorted(set(wanted) - {section.name for section in sections}):
         parser.error(f"--only: expected some of {[section.name for section in sections]}, got {unknown}")
+    if options.tune and device.type != "cuda":
+        parser.error("--tune: expected a CUDA device, whose card the table is of; torch sees none")
     console = Console(width=140)
     stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     given = sys.argv[1:] if arguments is None else arguments

@@ -109,3 +109,27 @@ def test_a_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
     record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=0.5)
     record.run([Section("late", lambda record: {}, 5)])
     assert record.results["late"]["status"] == "skipped" and "used up" in record.results["late"]["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it would be tuned")
+def test_only_a_card_is_tuned(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from bench.gpu.__main__ import main
+
+    with pytest.raises(SystemExit):
+        main(["--tune", "--out", str(tmp_path)])
+    assert "expected a CUDA device" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waits of the host are seen on a CUDA device only")
+def test_the_host_never_waits_for_all_of_the_device_inside_a_request() -> None:
+    from bench.gpu.ours import Ours
+    from bench.gpu.profile import host_waits
+    from bench.gpu.shapes import prompt_of, random_model, small_config
+
+    with torch.no_grad():
+        ours = Ours(random_model(small_config(), torch.device("cuda"), torch.bfloat16), 1, 256)
+        prompt = prompt_of(small_config(), 60)
+        ours.request(prompt, 4, 4)
+        assert host_waits(ours, prompt)["host_waits"] == {}

@@ -14,6 +14,7 @@ from vitalrt.engine import device_step
 from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
+from vitalrt.model.decoder import Decoder
 from vitalrt.model.rope import mrope_positions
 from vitalrt.model_cost import step_cost
 
@@ -190,3 +191,25 @@ def test_a_step_launches_what_the_cost_model_says(answers: bool, tiny, monkeypat
     run.step.step(1, answers)
     planned.pop("copy")
     assert launched == planned
+
+
+@torch.inference_mode()
+def test_the_host_reads_nothing_of_the_device(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without data cannot be read: a request's whole loop runs on them, but for the tokens it ends with."""
+    decoder = Decoder(tiny.model.weights.decoder.config).to("meta")
+    shape = (2, decoder.config.num_hidden_layers, PAGE * PAGES, decoder.config.num_key_value_heads)
+    caches = torch.empty(*shape, decoder.config.head_dim, device="meta")
+    step = DeviceStep(StepWeights(decoder), *caches, PAGE, BATCH, stop_ids=[3])
+    # Its reference reads lengths and its Triton form does not; of norm_rope_append the same is true of slots.
+    monkeypatch.setattr(device_step, "paged_attention", lambda q, *others: torch.empty_like(q))
+    monkeypatch.setattr(
+        device_step, "norm_rope_append", lambda qkv, *others: qkv[:, : decoder.config.num_attention_heads].contiguous()
+    )
+    step.place(0, step.rows.hidden[0], 5, 9, torch.zeros(3, dtype=torch.int32), k=2, limit=20)
+    step.think(2)
+    step.step(4, answers=True)
+    step.load(step.rows.hidden[:2], [3, 4], [3, 9], [0, 1], torch.zeros(2, 3, dtype=torch.int32))
+    step.tell([1, 2])
+    step.step(2, answers=False)
+    with pytest.raises(NotImplementedError, match="meta"):
+        step.rows.tokens.tolist()
