@@ -11,7 +11,7 @@ import torch
 
 import vitalrt
 from vitalrt.engine import device_step
-from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
+from vitalrt.engine.device_prefill import MAX_SEEN, DevicePrefill, DeviceVision
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
 from vitalrt.model.decoder import Decoder
@@ -213,3 +213,11 @@ def test_the_host_reads_nothing_of_the_device(tiny, monkeypatch: pytest.MonkeyPa
     step.step(2, answers=False)
     with pytest.raises(NotImplementedError, match="meta"):
         step.rows.tokens.tolist()
+
+
+def test_only_what_comes_again_is_captured(tiny) -> None:
+    vision = DeviceVision(tiny.model.weights.vision)
+    grids = [((1, 2, 2 * n),) for n in range(1, MAX_SEEN + 2)]
+    assert [vision._is_known(grid) for grid in (grids[0], grids[1], grids[0])] == [False, False, True]
+    assert not any(vision._is_known(grid) for grid in grids[2:])
+    assert vision._is_known(grids[0]) and not vision._is_known(grids[1]), "the one seen longest ago was forgotten"

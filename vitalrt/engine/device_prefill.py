@@ -22,6 +22,7 @@ from vitalrt_kernels import rms_norm
 
 MAX_CAPTURED = 2048  # longer prompts keep the device busy whoever launches
 MAX_GRIDS = 8
+MAX_SEEN = 64
 
 
 def length_bucket(num_tokens: int) -> int:
@@ -146,12 +147,13 @@ class DevicePrefill:
 
 
 class DeviceVision:
-    """The vision tower, by grids: images come in few sizes. The grids used last stay captured."""
+    """The vision tower, by grids. What comes a second time is captured, and the grids used last stay so."""
 
     def __init__(self, tower: VisionTower) -> None:
         self.tower = tower
         self._device = tower.patch_embed.weight.device
         self._graphs = Graphs(self._device)
+        self._seen: OrderedDict[tuple[Grid, ...], None] = OrderedDict()
         self._static: OrderedDict[tuple[Grid, ...], tuple[torch.Tensor, list[torch.Tensor], GridTables]] = OrderedDict()
 
     def __call__(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> list[torch.Tensor]:
@@ -160,10 +162,10 @@ class DeviceVision:
         Returns visual tokens [V, d] and deepstack features [V, d] by layer; with CUDA the next call for the same grids
         overwrites them.
         """
-        if not self._graphs.is_captured:
-            tokens, deepstack = self.tower(pixel_values, grids)
-            return [tokens, *deepstack]
         key = (*grids,)
+        if not self._graphs.is_captured or not self._is_known(key):
+            tokens, deepstack = self.tower(pixel_values.to(self._device), grids)
+            return [tokens, *deepstack]
         if key not in self._static:
             self._make_room()
             pixels = pixel_values.to(self._device, self.tower.patch_embed.weight.dtype)
@@ -182,6 +184,15 @@ class DeviceVision:
 
         self._graphs(key, run, dry_run=run)
         return outputs
+
+    def _is_known(self, key: tuple[Grid, ...]) -> bool:
+        """Whether these grids have come before. Capturing takes several runs: too many for what comes once."""
+        is_known = key in self._seen
+        self._seen[key] = None
+        self._seen.move_to_end(key)
+        if len(self._seen) > MAX_SEEN:
+            self._seen.popitem(last=False)
+        return is_known
 
     def _make_room(self) -> None:
         if len(self._static) == MAX_GRIDS:

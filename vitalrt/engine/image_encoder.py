@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 
+from vitalrt.engine.device_prefill import DeviceVision
 from vitalrt.engine.feature_cache import FeatureCache, VisionFeatures
 from vitalrt.engine.sequence import Image
 from vitalrt.inputs.prompt import Prompt
@@ -41,6 +42,7 @@ class ImageEncoder:
         self.cache = FeatureCache(max_bytes)
         self.num_encoded = 0
         self._tower = tower
+        self._captured = DeviceVision(tower)
 
     def encode(self, images: Iterable[Image]) -> None:
         """Give every image its features; all that the cache does not have go through the tower together."""
@@ -59,9 +61,12 @@ class ImageEncoder:
 
     def _encode(self, images: list[Image]) -> list[VisionFeatures]:
         device = self._tower.patch_embed.weight.device
-        tokens, deepstack = self._tower(
-            torch.cat([image.pixels for image in images]).to(device), [image.grid for image in images]
-        )
+        if device.type == "cuda" and len(images) == 1:  # sizes come again and again, combinations do not
+            captured = self._captured(images[0].pixels, [images[0].grid])
+            tokens, *deepstack = (level.clone() for level in captured)
+        else:
+            pixels = torch.cat([image.pixels for image in images]).to(device)
+            tokens, deepstack = self._tower(pixels, [image.grid for image in images])
         self.num_encoded += len(images)
         counts = [image.stop - image.start for image in images]
         by_image = zip(*(level.split(counts) for level in (tokens, *deepstack)), strict=True)
