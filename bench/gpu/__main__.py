@@ -8,6 +8,7 @@ Without a GPU a miniature runs the same code, to show that it runs: its times sa
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import re
@@ -68,9 +69,12 @@ class Bench:
         def run(record: Record) -> dict[str, Any]:
             if not hasattr(self, "model"):
                 raise SkippedError("there is no model: its section says why")
-            outcome: dict[str, Any] = measure(record)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            try:
+                outcome: dict[str, Any] = measure(record)
+            finally:
+                gc.collect()  # models and graphs of the section refer to themselves
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
             return outcome
 
         return run

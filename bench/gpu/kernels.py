@@ -226,7 +226,9 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     pages_per_row = -(-(CONTEXT + 1) // PAGE)
     pages = torch.randperm(num_rows * pages_per_row, device=device).view(num_rows, -1).int()
-    copies = max(2, min(12, (1 << 28) // (num_rows * CONTEXT * kv_heads * head_dim * size)))
+    copies = max(
+        2, min(64 if device.type == "cuda" else 4, (1 << 28) // (num_rows * CONTEXT * kv_heads * head_dim * size))
+    )
     caches = torch.randn(copies, 2, pages.numel() * PAGE, kv_heads, head_dim, device=device).to(x.dtype)
     qkv = torch.randn(num_rows, heads + 2 * kv_heads, head_dim, device=device).to(x.dtype)
     q = qkv[:, :heads].contiguous()

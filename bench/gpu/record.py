@@ -90,6 +90,18 @@ class Record:
             yield round_
             longest = max(longest, time.monotonic() - began)
 
+    @contextmanager
+    def at_most(self, seconds: float) -> Iterator[None]:
+        """Less time than the section has, for a part that the rest can do without: TimeoutError when it is over.
+
+        In the main thread, as the section itself.
+        """
+        signal.setitimer(signal.ITIMER_REAL, max(0.001, min(seconds, self.seconds_left)))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, max(0.001, self.seconds_left))
+
     def as_dict(self) -> dict[str, Any]:
         return {**self.environment, "seconds": round(time.monotonic() - self.started, 1), "sections": self.results}
 

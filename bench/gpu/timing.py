@@ -45,6 +45,7 @@ def replayed_us(function: Callable[[int], Any], calls: int, device: torch.device
         all_calls()
         return spread_of([time_ms(all_calls, device) * 1000 / calls for _ in range(rounds)])
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         all_calls()
     stream.synchronize()

@@ -105,6 +105,17 @@ def test_a_section_that_fails_or_takes_too_long_takes_no_other_with_it(tmp_path:
     assert "TimeoutError" in written["sleeps"]["reason"] and written["works"]["value"] == 3
 
 
+def test_a_part_may_be_given_up(tmp_path: Path) -> None:
+    def run(record: Record) -> dict[str, Any]:
+        with pytest.raises(TimeoutError), record.at_most(0.3):
+            time.sleep(20)
+        return {"left": record.seconds_left}
+
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=30)
+    record.run([Section("part", run, 10)])
+    assert record.results["part"]["status"] == "done" and record.results["part"]["left"] > 5
+
+
 def test_a_run_ends_when_its_time_is_over(tmp_path: Path) -> None:
     record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=0.5)
     record.run([Section("late", lambda record: {}, 5)])
