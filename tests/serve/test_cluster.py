@@ -86,6 +86,16 @@ def test_a_client_that_leaves_frees_its_pages(cluster, until):
     until(lambda: cluster.metric("num_requests_running") + cluster.metric("kv_cache_usage_perc") == 0)
 
 
+def test_clients_that_leave_cost_others_nothing(cluster):
+    visitor = Visitor(cluster.url, seed=2, kinds={"whole": 1, "streamed": 1, "left": 1})
+    with ThreadPoolExecutor(6) as clients:
+        visits = list(clients.map(visitor.visit, range(120)))
+    visitor.close()
+    assert not [visit for visit in visits if visit.trouble]
+    assert all(visit.texts for visit in visits if visit.kind != "left")
+    assert "its replica" not in cluster.log.read_text(errors="replace")
+
+
 def test_a_replica_that_is_killed_is_replaced_and_no_answer_is_wrong(cluster, phantom):
     old = replicas_of(cluster)
     visitor = Visitor(cluster.url, seed=1, kinds={"whole": 1, "streamed": 1})

@@ -55,7 +55,7 @@ class Call:
 
     async def __aiter__(self) -> Any:
         for what in self.act:
-            if isinstance(what, Exception):
+            if isinstance(what, BaseException):
                 raise what
             if isinstance(what, dict):
                 yield what
@@ -102,7 +102,7 @@ def require_error(response: httpx.Response, status: int, code: str) -> None:
     assert "not for clinical decisions" in response.headers["x-vitalrt-notice"]
 
 
-DEAD = [ActorDiedError(), ActorUnavailableError("away", b"0" * 16)]
+DEAD = [ActorDiedError(), ActorUnavailableError("away", b"0" * 16), asyncio.CancelledError()]
 
 
 @pytest.mark.parametrize("death", DEAD, ids=lambda death: type(death).__name__)
@@ -128,6 +128,23 @@ def test_a_stream_that_had_begun_ends_with_an_error(send, error, code):
     *_, last, done, _ = response.text.split("\n\n")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == code
     assert done == "data: [DONE]"
+
+
+def test_a_client_that_goes_ends_its_call():
+    replicas = Replicas([start(), 60.0], [start(), body("never")])
+
+    async def leave() -> None:
+        app = Door(replicas, ServeConfig()).__serve_build_asgi_app__()
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://door") as client:
+            asking = asyncio.create_task(client.post("/v1/chat/completions", json=chat()))
+            while not replicas.scopes:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
+
+    asyncio.run(leave())
+    assert (len(replicas.scopes), replicas.num_cancelled) == (1, 1)
 
 
 def test_full_replicas_are_a_429(send):

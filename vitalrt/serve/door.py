@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import hashlib
 import json
 import logging.config
@@ -101,9 +102,10 @@ class Door:
 
         start: Message | None = None  # kept back until there is more to send, for until then another may answer
         is_events = has_begun = False
-        call: Any = self._replicas.options(method_name="answer", stream=True, session_id=image or "").remote(
-            scope, body
-        )
+        replicas = self._replicas.options(method_name="answer", stream=True, session_id=image or "")
+        # In a context of its own: when a client goes, Ray cancels all that its request has called, and is mistaken at
+        # times about which those calls are. We cancel our own.
+        call: Any = contextvars.Context().run(replicas.remote, scope, body)
         try:
             async with asyncio.timeout_at(deadline) as limit:
                 async for message in call:
@@ -122,8 +124,11 @@ class Door:
             raise late from None
         except BackPressureError:
             raise queue_full(self._config.max_queue) from None
-        except Exception as error:
-            is_lost = isinstance(error, RayActorError | ObjectLostError)
+        except (Exception, asyncio.CancelledError) as error:
+            if _is_cancelled():
+                raise
+            # A call that Ray has cancelled, though nobody here had asked for it, is as lost as one whose replica died.
+            is_lost = isinstance(error, RayActorError | ObjectLostError | asyncio.CancelledError)
             logger.warning(
                 "%s: its replica %s (%s)", scope[REQUEST_ID], "was lost" if is_lost else "failed", place_of(error)
             )
@@ -146,6 +151,12 @@ class Door:
         own = list(self._metrics.registry.collect())
         pages: dict[str, list[Metric]] = dict(answer for answer in answers if isinstance(answer, tuple))
         return Response(generate_latest(_Families([*own, *_merged(pages, own)])), media_type=METRICS_TYPE)
+
+
+def _is_cancelled() -> bool:
+    """Whether it is the running task itself that was told to stop."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def first_image(body: bytes) -> str | None:
