@@ -82,13 +82,17 @@ std::vector<Pages> PrefixCache::match(const Keys& batch) {
     batch[request]->prefetch();
     matched[request].resize(num_pages_queried(*batch[request]));  // nothing after this can throw
   }
+  std::vector<size_t> num_found(batch.size());
   const std::lock_guard lock(pool_.mutex_);
   prefetch(batch);
+  begin_walks(batch, matched, num_found);
   for (size_t request = 0; request < batch.size(); ++request) {
     Pages& pages = matched[request];
     statistics_.pages_queried += static_cast<std::int64_t>(pages.size());
-    pages.resize(walk(*batch[request], pages.size(), pages.data()));
+    pages.resize(walk(*batch[request], num_found[request], pages.size(), pages.data()));
     statistics_.pages_hit += static_cast<std::int64_t>(pages.size());
+  }
+  for (const Pages& pages : matched) {
     for (const std::int32_t page : pages) {
       hold(page);
     }
@@ -113,7 +117,7 @@ std::int64_t PrefixCache::insert(const Keys& batch, const std::vector<PagesView>
     for (size_t request = 0; request < batch.size(); ++request) {
       const PrefixKey& key = *batch[request];
       found.resize(std::max(found.size(), num_full_pages(key)));
-      const size_t num_found = walk(key, num_full_pages(key), found.data());
+      const size_t num_found = walk(key, 0, num_full_pages(key), found.data());
       num_duplicate += count_duplicates(pages[request], found, num_found);
       chains.push_back({pages[request].begin() + num_found, 0, num_found == 0 ? kNone : found[num_found - 1]});
       add_chain(chains.back(), key, num_found);
@@ -253,10 +257,39 @@ void PrefixCache::prefetch(const Keys& batch) const {
   }
 }
 
-// Writes the cached pages among the key's first num_pages to `found`. Returns how many there are.
-size_t PrefixCache::walk(const PrefixKey& key, size_t num_pages, std::int32_t* found) const {
-  size_t num_found = 0;
-  std::int32_t page = kNone;
+// Finds first pages and, where they lead into an image, the pages inside it: for all requests side by side, so that none
+// waits for the memory of another. found[r]: as many pages as are asked for; num_found: out.
+void PrefixCache::begin_walks(const Keys& batch, std::vector<Pages>& found, std::vector<size_t>& num_found) const {
+  std::vector<size_t> ends(batch.size(), 0);
+  std::vector<size_t> walking;
+  walking.reserve(batch.size());
+  for (size_t request = 0; request < batch.size(); ++request) {
+    const size_t num_pages = found[request].size();
+    num_found[request] = walk(*batch[request], 0, std::min<size_t>(num_pages, 1), found[request].data());
+    if (num_found[request] > 0) {
+      const PrefixKey::Stretch stretch = batch[request]->stretch(1, page_size_);
+      ends[request] = stretch.is_inside_image ? std::min(stretch.end, num_pages) : 0;
+      walking.push_back(request);
+    }
+  }
+  while (!walking.empty()) {
+    size_t num_walking = 0;
+    for (const size_t request : walking) {
+      const size_t index = num_found[request];
+      if (index < ends[request] && follow_image(index, index + 1, found[request].data()) > index) {
+        ++num_found[request];
+        __builtin_prefetch(&pool_.count_of(found[request][index]), 1);
+        walking[num_walking++] = request;
+      }
+    }
+    walking.resize(num_walking);
+  }
+}
+
+// Writes the cached pages among the key's first num_pages to `found`, from index num_found on; those before are there.
+// Returns how many there are.
+size_t PrefixCache::walk(const PrefixKey& key, size_t num_found, size_t num_pages, std::int32_t* found) const {
+  std::int32_t page = num_found > 0 ? found[num_found - 1] : kNone;
   while (num_found < num_pages) {
     page = find(page, key.page(num_found, page_size_));
     if (page == kNone) {

@@ -143,7 +143,8 @@ class PrefixCache {
   void prefetch(const Keys& batch) const;
   std::uint32_t place_of(std::int32_t parent, const PageKey& key) const;
   bool is_page(std::int32_t page, std::int32_t parent, const PageKey& key) const;
-  std::size_t walk(const PrefixKey& key, std::size_t num_pages, std::int32_t* found) const;
+  void begin_walks(const Keys& batch, std::vector<Pages>& found, std::vector<std::size_t>& num_found) const;
+  std::size_t walk(const PrefixKey& key, std::size_t num_found, std::size_t num_pages, std::int32_t* found) const;
   std::size_t follow_image(std::size_t index, std::size_t end, std::int32_t* found) const;
   std::size_t follow_words(const PrefixKey& key, std::size_t index, std::size_t end, std::int32_t* found) const;
   bool holds(std::int32_t page, const std::uint32_t* positions) const;
