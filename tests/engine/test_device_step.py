@@ -90,20 +90,21 @@ def test_rows_of_any_phase_share_steps(seed: int, make_tiny) -> None:
         grids = [(1, draw.randint(1, 2), draw.randint(1, 3))] if draw.random() < 0.5 else []
         prompt = tiny.prompt(10 * seed + number, grids, num_text=draw.randint(1, 6))
         waiting.append((prompt, draw.randint(0, 3), draw.randint(1, 8)))
-    running: list[dict] = []
+    running: dict[int, dict] = {}
     while waiting or running:
-        while waiting and len(running) < BATCH - 1 and draw.random() < 0.6:
-            prompt, k, length = waiting.pop()
-            run.place(len(running), prompt, k, length)
-            first = [int(run.step.rows.tokens[len(running)])] if k == 0 else []
-            running.append({"asked": (prompt, k, length), "left": k, "latents": [], "tokens": first})
+        for row in set(range(BATCH - 1)) - running.keys():
+            if waiting and draw.random() < 0.6:
+                prompt, k, length = waiting.pop()
+                run.place(row, prompt, k, length)
+                first = [int(run.step.rows.tokens[row])] if k == 0 else []
+                running[row] = {"asked": (prompt, k, length), "left": k, "latents": [], "tokens": first}
         retire(run, tiny, running)
         if not running:
             continue
-        run.graphs.step(len(running), answers=any(one["left"] <= 1 for one in running))
+        run.graphs.step(max(running) + 1, answers=any(one["left"] <= 1 for one in running.values()))
         run.reader.post()
         tokens = run.reader.take()
-        for row, one in enumerate(running):
+        for row, one in running.items():
             if one["left"]:
                 one["latents"].append(run.step.rows.hidden[row].clone())
                 one["left"] -= 1
@@ -113,41 +114,17 @@ def test_rows_of_any_phase_share_steps(seed: int, make_tiny) -> None:
     assert not run.step.rows.limits.any()
 
 
-def retire(run: DeviceRun, tiny, running: list[dict]) -> None:
-    for row in reversed(range(len(running))):
-        prompt, k, length = running[row]["asked"]
-        tokens = running[row]["tokens"]
+def retire(run: DeviceRun, tiny, running: dict[int, dict]) -> None:
+    for row, one in list(running.items()):
+        (prompt, k, length), tokens = one["asked"], one["tokens"]
         if len(tokens) < length and not (tokens and tokens[-1] in tiny.stop_ids):
             continue
         expected = expected_of(tiny.model, prompt, k, length)
         assert without_stop(tokens, tiny.stop_ids) == expected.token_ids
         if k:
-            torch.testing.assert_close(torch.stack(running[row]["latents"]), expected.latents, atol=1e-4, rtol=1e-4)
-        if row == len(running) - 1:
-            run.step.clear(row)
-        else:
-            run.step.move(len(running) - 1, row)
-        running[row] = running[-1]
-        running.pop()
-
-
-@torch.inference_mode()
-def test_a_sequence_that_grows_page_by_page(tiny) -> None:
-    run = DeviceRun(tiny.model, tiny.stop_ids)
-    prompt = tiny.prompt(3, num_text=PAGE)
-    expected = expected_of(tiny.model, prompt, 2, 9)
-    pages = torch.tensor([run.free.pop() for _ in range(5)], dtype=torch.int32)
-    positions, next_position = mrope_positions(prompt.input_ids, [], run.config)
-    slots = pages[0] * PAGE + torch.arange(PAGE)
-    hidden = run.prefill(run.step.weights.embed[prompt.input_ids], positions, slots.long())
-    run.step.place(0, hidden, PAGE, next_position, pages[:1], k=2, limit=PAGE + 2 + 9 - 1)
-    tokens = []
-    for i in range(10):
-        if (PAGE + i) % PAGE == 0:
-            run.step.grow(0, 1 + i // PAGE, pages[1 + i // PAGE :][:1])
-        run.step.step(1, answers=True)
-        tokens += run.step.rows.tokens[:1].tolist() if i else []
-    assert tokens[: len(expected.token_ids)] == expected.token_ids
+            torch.testing.assert_close(torch.stack(one["latents"]), expected.latents, atol=1e-4, rtol=1e-4)
+        run.step.clear(row)
+        del running[row]
 
 
 @torch.inference_mode()

@@ -202,19 +202,9 @@ class DeviceStep:
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if self.k_cache.device.type == "cuda" else tensor
 
-    def grow(self, row: int, num_pages: int, pages: torch.Tensor) -> None:
-        """More pages for a row that has num_pages."""
-        self.rows.pages[row, num_pages : num_pages + len(pages)].copy_(pages, non_blocking=True)
-
     def clear(self, row: int) -> None:
         """Leave a row idle."""
         self.rows.limits[row : row + 1].zero_()
-
-    def move(self, source: int, target: int) -> None:
-        """A row's state to another place, so that the rows in use stay the first ones; the source is left idle."""
-        for tensor in self.rows:
-            tensor[target].copy_(tensor[source])
-        self.clear(source)
 
     def answer(self, start: int, stop: int) -> None:
         """Tokens of rows start .. stop - 1, from their hidden states."""
