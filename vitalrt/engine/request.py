@@ -108,7 +108,8 @@ class Timings:
 class Answer:
     """str(answer) is its text.
 
-    token_ids: without the end token.  latents: z_1..z_K, [K, d] float32 on the CPU.
+    token_ids: without the end token.  finish_reason: "stop", "length", or "timeout" under terms with a time limit.
+    latents: z_1..z_K, [K, d] float32 on the CPU.
     logits: [completion_tokens, vocab] float32 on the CPU, the end token's included; None unless asked for.
     Research use only, not for clinical decisions.
     """
