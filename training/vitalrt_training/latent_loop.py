@@ -15,7 +15,7 @@ import torch
 from transformers import Qwen3VLForConditionalGeneration
 
 from vitalrt.errors import VitalError
-from vitalrt_training.data.batches import Batch, Tokens
+from vitalrt_training.data.batches import Batch
 from vitalrt_training.training_cache import TrainingCache, recomputing
 
 
@@ -82,24 +82,15 @@ def _run(
     decoder = model.model.language_model
     num_fed = batch.answer_ids.shape[1] - 1
     cache = TrainingCache(len(decoder.layers))
+    _fill_prefix(model, batch, vision, cache)
+    cache.spread(batch.group_of_sample, batch.question.ids.shape[1] + max_steps + num_fed)
     mask = torch.cat((batch.prefix.mask[batch.group_of_sample], batch.question.mask), dim=1)
-    if len(batch.prefix.ids) == batch.num_samples:  # a question each: nothing to share, so one call for both parts
-        prompt = Tokens(
-            torch.cat((batch.prefix.ids, batch.question.ids), dim=1),
-            mask,
-            torch.cat((batch.prefix.positions, batch.question.positions), dim=2),
-        )
-        asked = _prefill(model, prompt, vision, cache)[:, batch.prefix.ids.shape[1] :]
-        cache.spread(batch.group_of_sample, max_steps + num_fed)
-    else:
-        _prefill(model, batch.prefix, vision, cache)
-        cache.spread(batch.group_of_sample, batch.question.ids.shape[1] + max_steps + num_fed)
-        asked = decoder(
-            inputs_embeds=decoder.embed_tokens(batch.question.ids),
-            position_ids=batch.question.positions,
-            attention_mask=mask,
-            past_key_values=cache,
-        ).last_hidden_state
+    asked = decoder(
+        inputs_embeds=decoder.embed_tokens(batch.question.ids),
+        position_ids=batch.question.positions,
+        attention_mask=mask,
+        past_key_values=cache,
+    ).last_hidden_state
     last = (batch.question.mask * torch.arange(1, asked.shape[1] + 1, device=asked.device)).argmax(-1)
     hidden = asked[torch.arange(len(asked), device=asked.device), last][:, None]
     has_step = torch.arange(max_steps, device=asked.device) < num_steps[:, None]
@@ -123,21 +114,20 @@ def _run(
     return LoopOutput(model.lm_head(torch.cat((hidden, answers), dim=1)), latents, has_step)
 
 
-def _prefill(
-    model: Qwen3VLForConditionalGeneration, tokens: Tokens, vision: VisionFeatures, cache: TrainingCache
-) -> torch.Tensor:
-    """Of prompts, or of as much of them as holds the pictures.  Returns the last hidden states, [rows, T, d]."""
+def _fill_prefix(
+    model: Qwen3VLForConditionalGeneration, batch: Batch, vision: VisionFeatures, cache: TrainingCache
+) -> None:
     encoded = SimpleNamespace(
         pooler_output=(vision.tokens,), deepstack_features=[(level,) for level in vision.deepstack]
     )
-    return model.model(
-        input_ids=tokens.ids,
-        attention_mask=tokens.mask,
-        position_ids=tokens.positions,
+    model.model(
+        input_ids=batch.prefix.ids,
+        attention_mask=batch.prefix.mask,
+        position_ids=batch.prefix.positions,
         mm_encoder_outputs={"image": encoded},
         past_key_values=cache,
         use_cache=True,
-    ).last_hidden_state
+    )
 
 
 def _axes(positions: torch.Tensor) -> torch.Tensor:
