@@ -89,6 +89,8 @@ class Metrics(HttpMetrics):
         if isinstance(worker.engine, Engine):
             engine = worker.engine
             self.registry.register(_EngineCounters(engine, self._model_name))
+            features = self._gauge("image_cache_bytes", "Memory that the features of past images take.")
+            features.set_function(lambda: engine.encoder.cache.statistics().num_bytes)
             usage = self._gauge("kv_cache_usage_perc", "Part of the cache's pages that requests hold; 1 is all.")
             usage.set_function(lambda: engine.statistics().pages_used / engine.cache.pool.num_blocks)
 
