@@ -213,6 +213,7 @@ def load(
     cache_tokens: int | None = None,
     max_batch: int = 64,
     prefix_cache: bool = True,
+    vision_cache_bytes: int = EngineConfig.vision_cache_bytes,
     progress: Progress | None = None,
 ) -> Model:
     """Load a Hugging Face Qwen3-VL directory or hub id, or a directory that `vitalrt export onnx` wrote.
@@ -221,9 +222,15 @@ def load(
     dtype "auto": the checkpoint's on a GPU, float32 on the CPU, and an export's own.  cache_tokens: capacity of the KV
     cache (None: what 2 GiB hold, at most 32,768), taken once, now; an export takes what a batch needs, up to it.
     prefix_cache: whether requests share what they begin with, images above all; an export has no such cache.
+    vision_cache_bytes: what the features of past images may take, for questions that come later.
     Raises CheckpointError or CapacityError.
     """
-    engine = EngineConfig(cache_tokens=cache_tokens, max_batch=max_batch, prefix_cache=prefix_cache)
+    engine = EngineConfig(
+        cache_tokens=cache_tokens,
+        max_batch=max_batch,
+        prefix_cache=prefix_cache,
+        vision_cache_bytes=vision_cache_bytes,
+    )
     checkpoint = Checkpoint.open(model, adapter)
     if (checkpoint.directory / MANIFEST).is_file():
         return Model(checkpoint, open_engine(checkpoint, adapter, device, dtype, engine, stop_ids(checkpoint)))

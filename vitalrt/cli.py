@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from vitalrt.config import EngineConfig
 from vitalrt.errors import VitalError
 from vitalrt.serve.settings import ServeConfig, read_api_keys
 
@@ -374,6 +375,12 @@ def _add_loading(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--device", default="auto")
     verb.add_argument("--dtype", default="auto")
     verb.add_argument("--cache-tokens", type=int, help="capacity of the KV cache in tokens")
+    verb.add_argument(
+        "--vision-cache-bytes",
+        type=int,
+        default=EngineConfig.vision_cache_bytes,
+        help="memory for the features of past images [256 MiB]",
+    )
 
 
 def _add_decoding(verb: argparse.ArgumentParser) -> None:
@@ -417,7 +424,7 @@ def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of vitalrt.load that are options of the command line."""
     from vitalrt.api import BUNDLED
 
-    names = ("adapter", "device", "dtype", "cache_tokens")
+    names = ("adapter", "device", "dtype", "cache_tokens", "vision_cache_bytes")
     return {"model": arguments.model or BUNDLED, **{name: getattr(arguments, name) for name in names}}
 
 

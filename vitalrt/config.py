@@ -192,6 +192,8 @@ class EngineConfig:
                 not isinstance(value, int) or value < 1
             ):
                 raise VitalError(f"{name}: expected a positive int, got {value!r}")
+        if not isinstance(self.vision_cache_bytes, int) or self.vision_cache_bytes < 0:
+            raise VitalError(f"vision_cache_bytes: expected an int of at least 0, got {self.vision_cache_bytes!r}")
 
 
 def read_json(path: Path, argument: str = "model") -> dict[str, Any]:
