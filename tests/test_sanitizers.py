@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = ["fuzz/prefix_cache_fuzz.cpp", "fuzz/driver.cpp", "prefix_cache.cpp", "block_pool.cpp"]
+SOURCES = [
+    "fuzz/prefix_cache_fuzz.cpp",
+    "fuzz/driver.cpp",
+    "prefix_cache.cpp",
+    "prefix_cache_integrity.cpp",
+    "prefix_key.cpp",
+    "block_pool.cpp",
+]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 COMPILER = next(filter(None, map(shutil.which, [os.environ.get("CXX", "c++"), "g++", "clang++"])), None)
 

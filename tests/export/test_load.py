@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +34,8 @@ def prompts(tiny) -> list[vitalrt.Prompt]:
 def same(ours: vitalrt.Answer, theirs: vitalrt.Answer) -> None:
     assert ours.token_ids == theirs.token_ids
     assert ours.finish_reason == theirs.finish_reason
-    assert ours.usage == theirs.usage
+    # An export has no prefix cache.
+    assert replace(ours.usage, cached_tokens=0) == replace(theirs.usage, cached_tokens=0)
     assert ours.latents.dtype == torch.float32 and torch.allclose(ours.latents, theirs.latents, atol=1e-4)
 
 
