@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import vitalrt
+from vitalrt.engine.sequence import Sequence
 
 PAGE = 16  # tokens
 COUNTERS = ("prompt_tokens_total", "prefix_cache_queries_total", "prefix_cache_hits_total", "images_encoded_total")
@@ -100,24 +101,36 @@ def test_choices_share_their_prompt(running, counted):
 def test_lower_priority_numbers_go_first(serve, until):
     """One place in the batch. Who is in it goes on; of those that wait, the number decides, and then the arrival."""
     model = vitalrt.load(device="cpu", cache_tokens=2048, max_batch=1)
-    may_step = threading.Event()
-    advance, model.engine.advance = model.engine.advance, lambda: may_step.wait(0.01) and advance()
+    engine = model.engine
+    submit, advance, may_step = engine.submit, engine.advance, threading.Event()
+    sequences: list[Sequence] = []  # as they came to the engine
     finished: list[int] = []
+
+    def note_submitted(*request) -> Sequence:
+        sequences.append(submit(*request))
+        return sequences[-1]
+
+    def note_finished() -> None:
+        if may_step.wait(0.01):
+            advance()
+            ended = (number for number, sequence in enumerate(sequences) if sequence.is_finished)
+            finished.extend(number for number in ended if number not in finished)
+
+    engine.submit, engine.advance = note_submitted, note_finished
+    statuses: list[int] = []
     with serve(model) as running:
-
-        def ask(number: int, priority: int) -> None:
-            response = running.post(vital={"priority": priority, "latent_steps": 0})
-            assert response.status_code == 200
-            finished.append(number)
-
         threads = []
         for number, priority in enumerate([-100, 5, 0, 5, -5]):
-            threads.append(threading.Thread(target=ask, args=(number, priority)))
+            vital = {"priority": priority, "latent_steps": 0}
+            threads.append(
+                threading.Thread(target=lambda vital=vital: statuses.append(running.post(vital=vital).status_code))
+            )
             threads[-1].start()
-            until(lambda number=number: running.app.worker.num_waiting == number + 1)
+            until(lambda number=number: len(sequences) == number + 1)
         may_step.set()
         for thread in threads:
             thread.join(30)
+    assert statuses == [200] * 5
     assert finished == [0, 4, 2, 1, 3]
 
 
