@@ -82,6 +82,14 @@ class TestAnswers:
         for request, answer in zip(requests, answers, strict=True):
             assert answer.token_ids == model.generate(request.image, request.question, request.k).token_ids
 
+    def test_the_first_picture_that_cannot_be_read_is_named(self, model, tmp_path) -> None:
+        paths = [tmp_path / f"{name}.png" for name in ("one", "other")]
+        requests = [vitalrt.Request(image, "What?") for image in (PICTURES[0], *paths)]
+        with pytest.raises(vitalrt.InputError, match=r"'one\.png'"):
+            model.generate_batch(requests)
+        with pytest.raises(vitalrt.InputError, match=r"'other\.png'"):
+            model.generate_batch(requests[::-1])
+
     def test_batch_equals_singles(self, model) -> None:
         requests = [
             vitalrt.Request(PICTURES[0], "Is the liver visible?", k=0),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,15 +133,23 @@ class Model:
         return self._answers(prompts, decodings, terms, decode=has_tokenizer(self.checkpoint.directory))
 
     def _prepare_all(self, requests: Sequence[Request]) -> list[Prompt]:
-        seen: dict[Any, list[Picture]] = {}
-        prompts = []
-        for request in requests:
+        keys = [_image_key(request) for request in requests]
+        first: dict[tuple[Any, str], Request] = {}  # to name an image
+        for key, request in zip(keys, requests, strict=True):
+            first.setdefault(key, request)
+
+        def look_at(request: Request) -> tuple[list[Picture], float]:
             started = time.perf_counter()
-            image = request.image
-            key = (image if isinstance(image, str | Path) else id(image), repr(request.read))
-            if key not in seen:
-                seen[key] = self.processor.look_at(request.image, request.read)
-            prompts.append(self.processor.ask_about(seen[key], request.question, started))
+            return self.processor.look_at(request.image, request.read), time.perf_counter() - started
+
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            look = map if len(first) == 1 else threads.map  # a thread that is not asked to does not start
+            seen = dict(zip(first, look(look_at, first.values()), strict=True))
+        prompts = []
+        for key, request in zip(keys, requests, strict=True):
+            pictures, seconds = seen[key]
+            prompts.append(self.processor.ask_about(pictures, request.question, time.perf_counter() - seconds))
+            seen[key] = pictures, 0.0
         return prompts
 
     def _decoding(self, request: Request) -> Decoding:
@@ -272,6 +282,12 @@ def stop_ids(checkpoint: Checkpoint) -> set[int]:
 
 def has_tokenizer(directory: Path) -> bool:
     return (directory / "tokenizer.json").is_file() or (directory / "vocab.json").is_file()
+
+
+def _image_key(request: Request) -> tuple[Any, str]:
+    """The same for requests whose images and reading are known to be the same."""
+    image = request.image
+    return image if isinstance(image, str | Path) else id(image), repr(request.read)
 
 
 def _no_text(token_ids: Sequence[int]) -> str:

@@ -5,7 +5,8 @@ P patches, V visual tokens, d width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -14,6 +15,8 @@ from vitalrt.engine.feature_cache import FeatureCache, VisionFeatures
 from vitalrt.engine.sequence import Image
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.vision import VisionTower
+
+CPU_BYTES = 4 * 2**20  # of the widest activation: beyond, it has left the caches before the next operation reads it
 
 
 def images_of(prompt: Prompt, namespace: bytes, image_token_id: int) -> list[Image]:
@@ -43,6 +46,8 @@ class ImageEncoder:
         self.num_encoded = 0
         self._tower = tower
         self._captured = DeviceVision(tower)
+        self._device = tower.patch_embed.weight.device
+        self._cpu_patches = CPU_BYTES // (tower.config.intermediate_size * tower.patch_embed.weight.itemsize)
 
     def encode(self, images: Iterable[Image]) -> None:
         """Give every image its features; all that the cache does not have go through the tower together."""
@@ -52,15 +57,28 @@ class ImageEncoder:
                 image.features = self.cache.get(image.key)
             if image.features is None:
                 missing.setdefault(image.key, []).append(image)
-        if not missing:
-            return
-        for same, features in zip(missing.values(), self._encode([same[0] for same in missing.values()]), strict=True):
-            self.cache.put(same[0].key, features)
-            for image in same:
-                image.features = features
+        # Images of one size stand together: attention takes them in one call.
+        images = sorted((same[0] for same in missing.values()), key=lambda image: image.grid)
+        for group in self._groups(images):
+            for first, features in zip(group, self._encode(group), strict=True):
+                self.cache.put(first.key, features)
+                for image in missing[first.key]:
+                    image.features = features
+
+    def _groups(self, images: list[Image]) -> Iterator[list[Image]]:
+        """Those that go through the tower together."""
+        most = sys.maxsize if self._device.type == "cuda" else self._cpu_patches
+        group: list[Image] = []
+        for image in images:
+            if group and sum(len(one.pixels) for one in (*group, image)) > most:
+                yield group
+                group = []
+            group.append(image)
+        if group:
+            yield group
 
     def _encode(self, images: list[Image]) -> list[VisionFeatures]:
-        device = self._tower.patch_embed.weight.device
+        device = self._device
         if device.type == "cuda" and len(images) == 1:  # sizes come again and again, combinations do not
             captured = self._captured(images[0].pixels, [images[0].grid])
             tokens, *deepstack = (level.clone() for level in captured)

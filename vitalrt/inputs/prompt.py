@@ -104,9 +104,17 @@ def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor | Non
         raise InputError(
             f"pixel_values: expected {int(grid.prod(-1).sum())} patches for image_grid_thw, got {len(pixels)}"
         )
-    if not all(math.isfinite(extreme) for extreme in pixels.aminmax()):  # NaN is either; no mask of all pixels
+    if not all(math.isfinite(extreme) for extreme in _extremes(pixels)):  # NaN is either; no mask of all pixels
         raise InputError("pixel_values: expected finite numbers, got NaN or infinity")
     return pixels, grid
+
+
+def _extremes(pixels: torch.Tensor) -> tuple[Any, Any]:
+    """Least and greatest. By numpy where it can: torch would start a team of threads for every thread that asks."""
+    if pixels.device.type != "cpu" or pixels.dtype == torch.bfloat16:
+        return pixels.aminmax()
+    values = pixels.numpy()
+    return values.min(), values.max()
 
 
 def _patch_digests(pixels: torch.Tensor, grid: torch.Tensor) -> list[bytes]:

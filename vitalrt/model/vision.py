@@ -5,6 +5,7 @@ P patches, V = P / merge^2 visual tokens, C tower width, d decoder width, H head
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -41,12 +42,19 @@ class VisionBlock(nn.Module):
 
 
 def _attend_within(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-    """q, k, v: [P, H, D], frames one after the other.  Returns [P, H * D]. Frames of one size go through together."""
-    if len(set(lengths)) == 1:
-        q, k, v = (tensor.view(len(lengths), lengths[0], *tensor.shape[1:]).transpose(1, 2) for tensor in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
-    pieces = zip(q.split(list(lengths)), k.split(list(lengths)), v.split(list(lengths)), strict=True)
-    return torch.cat([_attend_within(*piece, [len(piece[0])]) for piece in pieces])
+    """q, k, v: [P, H, D], frames one after the other.  Returns [P, H * D]. Neighbours of one size go together."""
+    runs = [(length, len(list(run))) for length, run in itertools.groupby(lengths)]
+    if len(runs) == 1:
+        return _attend_each(q, k, v, len(lengths))
+    counts = [length * num_frames for length, num_frames in runs]
+    pieces = zip(q.split(counts), k.split(counts), v.split(counts), runs, strict=True)
+    return torch.cat([_attend_each(*of_run[:3], of_run[3][1]) for of_run in pieces])
+
+
+def _attend_each(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_frames: int) -> torch.Tensor:
+    """The same for frames of one size."""
+    q, k, v = (tensor.view(num_frames, -1, *tensor.shape[1:]).transpose(1, 2) for tensor in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class PatchMerger(nn.Module):

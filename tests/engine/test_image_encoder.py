@@ -1,0 +1,44 @@
+"""Images through the vision tower in groups: each gets what it would have got alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vitalrt
+from vitalrt.engine import image_encoder
+from vitalrt.engine.image_encoder import ImageEncoder, images_of
+
+GRIDS = [(1, 2, 3), (1, 4, 4), (2, 2, 2), (1, 2, 3), (1, 4, 4), (1, 1, 5)]  # in visual tokens, of 4 patches each
+
+
+@pytest.fixture
+def prompts(tiny) -> list[vitalrt.Prompt]:
+    return [tiny.prompt(seed, [grid]) for seed, grid in enumerate(GRIDS)]
+
+
+@pytest.mark.parametrize("max_patches", [1, 40, 64, 10_000])
+def test_features_are_those_of_the_image_alone(tiny, prompts, monkeypatch, max_patches: int) -> None:
+    tower = tiny.model.weights.vision
+    sizes: list[int] = []
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda pixels, grids: sizes.append(len(pixels)) or forward(pixels, grids))
+    width = tower.config.intermediate_size * tower.patch_embed.weight.itemsize
+    monkeypatch.setattr(image_encoder, "CPU_BYTES", max_patches * width)
+    images = [
+        image for prompt in prompts for image in images_of(prompt, b"", tiny.model.checkpoint.config.image_token_id)
+    ]
+    encoder = ImageEncoder(tower, max_bytes=0)
+    with torch.inference_mode():
+        encoder.encode(images)
+        largest = max(len(image.pixels) for image in images)
+        assert max(sizes) <= max(max_patches, largest)
+        assert sum(sizes) == sum(len(image.pixels) for image in images)
+        assert len(sizes) == {1: 6, 10_000: 1}.get(max_patches, len(sizes))
+        for image in images:
+            tokens, deepstack = forward(image.pixels, [image.grid])
+            for found, expected in zip(
+                (image.features.tokens, *image.features.deepstack), (tokens, *deepstack), strict=True
+            ):
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert encoder.num_encoded == len(GRIDS)
