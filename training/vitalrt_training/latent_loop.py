@@ -16,7 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from vitalrt.errors import VitalError
 from vitalrt_training.data.batches import Batch
-from vitalrt_training.training_cache import TrainingCache, recomputing
+from vitalrt_training.training_cache import TrainingCache, recomputing, storing_only
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,15 @@ def _fill_prefix(
     encoded = SimpleNamespace(
         pooler_output=(vision.tokens,), deepstack_features=[(level,) for level in vision.deepstack]
     )
-    model.model(
-        input_ids=batch.prefix.ids,
-        attention_mask=batch.prefix.mask,
-        position_ids=batch.prefix.positions,
-        mm_encoder_outputs={"image": encoded},
-        past_key_values=cache,
-        use_cache=True,
-    )
+    with storing_only(model.model.language_model.layers[-1], cache.layers[-1]):
+        model.model(
+            input_ids=batch.prefix.ids,
+            attention_mask=batch.prefix.mask,
+            position_ids=batch.prefix.positions,
+            mm_encoder_outputs={"image": encoded},
+            past_key_values=cache,
+            use_cache=True,
+        )
 
 
 def _axes(positions: torch.Tensor) -> torch.Tensor:

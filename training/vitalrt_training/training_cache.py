@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
+from vitalrt.model.rope import rotate
 from vitalrt_kernels.cache_grow import cache_grow
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -127,6 +128,33 @@ def _recomputed(forward: Callable[..., torch.Tensor], index: int) -> Callable[..
         return out
 
     return call
+
+
+@contextmanager
+def storing_only(layer: Any, cache_layer: DynamicLayer) -> Iterator[None]:
+    """Within, a decoder layer's call stores its input's keys and values and returns the input.
+
+    That is all that anybody needs of the last layer where no hidden state is read off, as in a prefix.
+    """
+    attention = layer.self_attn
+    replaced = vars(layer).get("forward")
+
+    def store(hidden: torch.Tensor, position_embeddings: KeysAndValues, **kwargs: Any) -> torch.Tensor:
+        normed = layer.input_layernorm(hidden)
+        of_heads = (*normed.shape[:-1], -1, attention.head_dim)
+        cos, sin = (table.unsqueeze(2) for table in position_embeddings)
+        keys = rotate(attention.k_norm(attention.k_proj(normed).view(of_heads)), cos, sin)
+        values = attention.v_proj(normed).view(of_heads)
+        cache_layer.update(keys.transpose(1, 2), values.transpose(1, 2))
+        return hidden
+
+    layer.forward = store
+    try:
+        yield
+    finally:
+        del layer.forward
+        if replaced is not None:
+            layer.forward = replaced
 
 
 class _OneLayer:
