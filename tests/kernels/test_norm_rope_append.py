@@ -27,7 +27,7 @@ def random_case(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: to
     rope = Rope(mrope.inverse_frequencies.to(device), mrope.axis_of_frequency.to(device))
     slots = torch.randperm(SLOTS)[:tokens].to(device)
     caches = torch.full((2, SLOTS, kv_heads, head_dim), float("nan"), device=device, dtype=dtype)
-    return qkv, norm, 1e-6, torch.randint(0, 3000, (3, tokens), device=device), rope, *caches, slots
+    return qkv, norm, 1e-6, torch.randint(0, 2**18, (3, tokens), device=device), rope, *caches, slots
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -11,6 +11,28 @@ HEADS_AT_ONCE = 4
 
 
 @triton.jit
+def _cos_sin(angle):
+    """angle: fp32, of any size. Both from one reduction, which fp64 keeps exact where positions are large: libdevice's
+    own takes a stack for those. Polynomials of Cephes, an ulp or two over a quarter turn."""
+    wide = angle.to(tl.float64)
+    quarters = tl.floor(wide * 0.6366197723675814 + 0.5)  # 2 / pi
+    rest = (wide - quarters * 1.5707963267948966).to(tl.float32)
+    square = rest * rest
+    sin = rest + rest * square * (-1.6666654611e-1 + square * (8.3321608736e-3 - square * 1.9515295891e-4))
+    cos = (
+        1.0
+        - 0.5 * square
+        + square * square * (4.166664568298827e-2 - square * (1.388731625493765e-3 - square * 2.443315711809948e-5))
+    )
+    quarter = quarters.to(tl.int32) & 3
+    is_odd = (quarter & 1) == 1
+    turned_cos = tl.where(is_odd, sin, cos)
+    turned_sin = tl.where(is_odd, cos, sin)
+    turned_cos = tl.where((quarter == 1) | (quarter == 2), -turned_cos, turned_cos)
+    return turned_cos, tl.where(quarter >= 2, -turned_sin, turned_sin)
+
+
+@triton.jit
 def _norm_rope_append_kernel(
     qkv_ptr, norm_ptr, positions_ptr, frequency_ptr, axis_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, eps, num_tokens,
     num_heads, num_kv_heads, half,
@@ -43,7 +65,8 @@ def _norm_rope_append_kernel(
     else:
         position = tl.load(positions_ptr + token)
     angle = position.to(tl.float32) * tl.load(frequency_ptr + i, mask=in_half, other=0.0)
-    cos, sin = tl.cos(angle)[None, :], tl.sin(angle)[None, :]
+    cos, sin = _cos_sin(angle)
+    cos, sin = cos[None, :], sin[None, :]
     low_turned = (low * cos - high * sin).to(dtype)
     high_turned = (high * cos + low * sin).to(dtype)
 
