@@ -10,6 +10,8 @@ import torch
 import vitalrt
 from vitalrt.engine import device_step, scheduler
 from vitalrt.engine.device_step import DeviceStep, why_not_device_step
+from vitalrt.engine.graphs import TokenReader
+from vitalrt.engine.request import Decoding
 from vitalrt.model.decoder import Decoder
 
 GRIDS = [[], [(1, 2, 3)], [(1, 1, 1), (1, 3, 2)]]
@@ -45,13 +47,14 @@ def assert_alike(got: vitalrt.Answer, expected: vitalrt.Answer) -> None:
         torch.testing.assert_close(got.logits, expected.logits, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("return_logits", [True, False], ids=["logits", "ahead"])
 @pytest.mark.parametrize("options", [{}, {"max_batch": 3}, {"cache_tokens": 96, "max_batch": 4}])
-def test_mixed_requests(tiny, load_on_device, options) -> None:
+def test_mixed_requests(tiny, load_on_device, options, return_logits) -> None:
     """Joining, leaving, growing and, in a small cache, preemption."""
     prompts, steps = prompts_of(tiny, 10), [seed * 4 % 7 for seed in range(10)]
-    expected = tiny.model.run(prompts, k=steps, max_new_tokens=20, return_logits=True)
+    asked = {"k": steps, "max_new_tokens": 20, "return_logits": return_logits}
     model = load_on_device(**options)
-    for got, one in zip(model.run(prompts, k=steps, max_new_tokens=20, return_logits=True), expected, strict=True):
+    for got, one in zip(model.run(prompts, **asked), tiny.model.run(prompts, **asked), strict=True):
         assert_alike(got, one)
     if "cache_tokens" in options:
         assert model.engine.statistics().num_preemptions > 0
@@ -74,12 +77,54 @@ def test_a_prefix_that_is_cached(tiny, load_on_device) -> None:
     assert answer.usage.cached_tokens > 0
 
 
-def test_the_step_is_captured_and_not_the_torch_one(tiny, load_on_device, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, steps = load_on_device(), []
-    original = DeviceStep.step
-    monkeypatch.setattr(DeviceStep, "step", lambda self, *args: (steps.append(args), original(self, *args)))
+def test_a_token_is_looked_at_when_the_next_step_is_under_way(tiny, load_on_device, monkeypatch) -> None:
+    model, events = load_on_device(), []
+    step, take = DeviceStep.step, TokenReader.take
+    monkeypatch.setattr(DeviceStep, "step", lambda self, *args: (events.append("step"), step(self, *args)))
+    monkeypatch.setattr(TokenReader, "take", lambda self: (events.append("take"), take(self))[1])
     answer = model.run([tiny.prompt(2)], k=3, max_new_tokens=4)[0]
-    assert len(steps) == 3 + answer.usage.completion_tokens - 1
+    assert answer.finish_reason == "length"
+    # A thought is nothing to look at, but a step has its turn; the last token is fed to nobody.
+    assert events == ["step", "take"] * (3 + 3) + ["take"]
+    events.clear()
+    model.engine.stop_ids = frozenset(answer.token_ids[2:3]) - frozenset(answer.token_ids[:2])
+    assert model.engine.stop_ids
+    assert model.run([tiny.prompt(2)], k=3, max_new_tokens=4)[0].finish_reason == "stop"
+    assert events == ["step", "take"] * (3 + 3)  # the stop token was fed, for nothing
+
+
+def test_whoever_asks_for_more_than_tokens_is_answered_step_by_step(tiny, load_on_device, monkeypatch) -> None:
+    """One that samples makes the whole batch wait for the host; when it has left, the others run ahead again."""
+    model, takes = load_on_device(), []
+    take = TokenReader.take
+    monkeypatch.setattr(TokenReader, "take", lambda self: (takes.append(len(engine._batch.sequences)), take(self))[1])
+    engine, prompts = model.engine, prompts_of(tiny, 3)
+    decodings = [Decoding(2, 12), Decoding(1, 4, temperature=1.0, seed=3), Decoding(0, 9)]
+    running = [engine.submit(prompt, decoding) for prompt, decoding in zip(prompts, decodings, strict=True)]
+    while not all(sequence.is_finished for sequence in running):
+        engine.advance()
+    assert takes and set(takes) <= {1, 2}
+    for sequence, prompt, decoding in zip(running, prompts, decodings, strict=True):
+        options = {"k": decoding.k, "max_new_tokens": decoding.max_new_tokens}
+        [alone] = tiny.model.run([prompt], temperature=decoding.temperature, seed=decoding.seed, **options)
+        assert tuple(sequence.token_ids) == tuple(alone.token_ids)
+
+
+@pytest.mark.parametrize("when", range(1, 8))
+def test_leaving_and_coming_at_any_moment(tiny, load_on_device, when: int) -> None:
+    model = load_on_device()
+    engine, prompts = model.engine, prompts_of(tiny, 4)
+    running = [engine.submit(prompt, Decoding(2, 8)) for prompt in prompts[:3]]
+    for _ in range(when):
+        engine.advance()
+    engine.cancel(running[1])
+    running.append(engine.submit(prompts[3], Decoding(1, 8)))
+    while not all(sequence.is_finished for sequence in running):
+        engine.advance()
+    for sequence, prompt in zip(running, prompts, strict=True):
+        [alone] = tiny.model.run([prompt], k=sequence.decoding.k, max_new_tokens=8)
+        said = list(alone.token_ids)
+        assert sequence.token_ids == (said if sequence is not running[1] else said[: len(sequence.token_ids)])
 
 
 def test_why_not(tiny, monkeypatch: pytest.MonkeyPatch) -> None:

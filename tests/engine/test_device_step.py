@@ -185,7 +185,7 @@ def test_the_host_reads_nothing_of_the_device(tiny, monkeypatch: pytest.MonkeyPa
     step.place(0, step.rows.hidden[0], 5, 9, torch.zeros(3, dtype=torch.int32), k=2, limit=20)
     step.think(2)
     step.step(4, answers=True)
-    step.load(step.rows.hidden[:2], [3, 4], [3, 9], [0, 1], torch.zeros(2, 3, dtype=torch.int32))
+    step.load(step.rows.hidden[:2], [3, 4], [3, 9], [0, 1], [8, 8], torch.zeros(2, 3, dtype=torch.int32))
     step.tell([1, 2])
     step.step(2, answers=False)
     with pytest.raises(NotImplementedError, match="meta"):

@@ -1,8 +1,8 @@
 """Whatever else is in the engine, whenever it comes and goes: every request's answer is the one it gets alone.
 
 Random schedules: arrivals at any step, priorities, tenants, cancellations, caches so small that sequences are
-preempted, pages and prefill pieces of any size, in C++ and in torch. Answers are compared with single runs without any
-sharing, token for token and latent for latent, in fp32.
+preempted, pages and prefill pieces of any size, in C++, in torch and in the steps of a device. Answers are compared
+with single runs without any sharing, token for token and latent for latent, in fp32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import torch
 
 import vitalrt
 from vitalrt.config import EngineConfig
+from vitalrt.engine import scheduler
 from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.scheduler import Engine
 from vitalrt.engine.sequence import Sequence
 
 NUM_SCHEDULES = 1000
+PATHS = ("device", "torch") + 8 * ("C++",)  # in turn
 PARTS = 8  # tests, so that several processes share the work
 
 
@@ -99,10 +101,13 @@ def random_schedule(draw: random.Random, requests: list[Alone]) -> tuple[EngineC
     return config, arrivals
 
 
-def run_schedule(tiny, config: EngineConfig, arrivals: list[Arrival], in_torch: bool) -> Engine:
-    engine = Engine(tiny.model.weights, config, tiny.stop_ids)
-    if in_torch:
-        engine.cpu_decoder = None
+def run_schedule(tiny, config: EngineConfig, arrivals: list[Arrival], path: str) -> Engine:
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "device":
+            patch.setattr(scheduler, "why_not_device_step", lambda decoder: None)
+        if path != "C++":
+            patch.setattr(scheduler, "why_not_cpu_decoder", lambda decoder: f"{path} is to be tested")
+        engine = Engine(tiny.model.weights, config, tiny.stop_ids)
     step = 0
     while any(arrival.sequence is None or not arrival.sequence.is_finished for arrival in arrivals):
         for arrival in arrivals:
@@ -122,7 +127,7 @@ def test_everybody_gets_what_they_get_alone(tiny, requests, part: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(part, NUM_SCHEDULES, PARTS):
         config, arrivals = random_schedule(random.Random(seed), requests)
-        engine = run_schedule(tiny, config, arrivals, in_torch=seed // PARTS % 10 == 0)
+        engine = run_schedule(tiny, config, arrivals, PATHS[seed // PARTS % len(PATHS)])
         for arrival in arrivals:
             sequence, expected = arrival.sequence, arrival.expected
             assert sequence is not None

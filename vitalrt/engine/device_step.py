@@ -179,20 +179,22 @@ class DeviceStep:
         lengths: Many[int],
         positions: Many[int],
         latents_left: Many[int],
+        limits: Many[int],
         pages: torch.Tensor,
     ) -> None:
         """All rows anew, from row 0 on; what is behind them is left idle. Nothing waits for the device.
 
-        hidden: [B, d].  lengths: tokens in the cache.  positions: next M-RoPE positions.  pages: [B, at most P] int32.
-        Whoever calls this sees to it that a row has a page for every step, and stops rows by loading the others.
+        hidden: [B, d].  lengths: tokens in the cache.  positions: next M-RoPE positions.  limits: inputs they may come
+        to.  pages: [B, at most P] int32. Whoever calls this sees to it that a row has a page for every step. Tokens
+        stay as they are.
         """
         rows, num_rows = self.rows, len(hidden)
         rows.hidden[:num_rows].copy_(hidden)
         rows.pages[:num_rows, : pages.shape[1]].copy_(self._pinned(pages), non_blocking=True)
         offsets = [position - length for position, length in zip(positions, lengths, strict=True)]
-        for counter, values in ((rows.lengths, lengths), (rows.offsets, offsets), (rows.latents_left, latents_left)):
+        counters = (rows.lengths, rows.offsets, rows.latents_left, rows.limits)
+        for counter, values in zip(counters, (lengths, offsets, latents_left, limits), strict=True):
             counter[:num_rows].copy_(self._pinned(torch.tensor(values, dtype=torch.int32)), non_blocking=True)
-        rows.limits[:num_rows].fill_(torch.iinfo(torch.int32).max)
         rows.limits[num_rows:].zero_()
 
     def tell(self, tokens: Many[int]) -> None:

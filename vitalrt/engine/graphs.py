@@ -115,9 +115,8 @@ class TokenReader:
         return tokens
 
     def drop(self) -> None:
-        """Forget what is on its way."""
-        while self._on_their_way:
-            self.take()
+        """Forget what is on its way. It still arrives, in order, before anything that is posted later."""
+        self._on_their_way.clear()
 
 
 def answer_alone(

@@ -16,6 +16,7 @@ from vitalrt.engine.device_prefill import DevicePrefill
 from vitalrt.engine.device_step import DeviceStep, StepWeights, why_not_device_step
 from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder, images_of
+from vitalrt.engine.look_ahead import LookAhead
 from vitalrt.engine.prefix_cache import PrefixKey, namespace_digest
 from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.sampling import choose_tokens
@@ -70,11 +71,13 @@ class Engine:
         self._prefilling: list[Sequence] = []
         self.device_graphs: StepGraphs | None = None
         self.device_prefill: DevicePrefill | None = None
+        self._look_ahead: LookAhead | None = None
         if why_not_device_step(model.decoder) is None:
             caches, step_weights = (self.cache.k, self.cache.v), StepWeights(model.decoder)
             num_deepstack = len(model.config.vision.deepstack_visual_indexes)
             device_step = DeviceStep(step_weights, *caches, self.cache.page_size, config.max_batch)
             self.device_graphs = StepGraphs(device_step)
+            self._look_ahead = LookAhead(self.device_graphs)
             self.device_prefill = DevicePrefill(step_weights, *caches, num_deepstack)
         nobody = weight.new_empty(0, model.config.decoder.hidden_size)
         self._nobody = RunningBatch([], nobody, self.device_graphs)
@@ -113,11 +116,14 @@ class Engine:
             if not self._batch.sequences:
                 return
             try:
-                self._answer()
-                self._retire()
-                self._make_room()
-                if self._batch.sequences:
-                    self._step()
+                if self._look_ahead is not None and self._look_ahead.suits(self._batch.sequences):
+                    self._answer_later(self._look_ahead)
+                else:
+                    self._answer()
+                    self._retire()
+                    self._make_room()
+                    if self._batch.sequences:
+                        self._step()
             except BaseException:
                 # Half a step leaves tokens and cache at odds: nobody in the batch can go on.
                 for sequence in self._batch.sequences:
@@ -250,15 +256,26 @@ class Engine:
         logits = self.model.head(self._batch.hidden if everyone else self._batch.hidden[rows])
         tokens = choose_tokens(logits, [s.decoding for s in speakers], [s.generator for s in speakers])
         for sequence, token, row_logits in zip(speakers, tokens, logits, strict=True):
-            sequence.num_completion_tokens += 1
             if sequence.decoding.return_logits:
                 sequence.logits.append(row_logits.float().cpu())
-            if token in self.stop_ids:
-                sequence.finish("stop")
-                continue
-            sequence.token_ids.append(token)
-            if sequence.num_completion_tokens == sequence.decoding.max_new_tokens:
-                sequence.finish("length")
+            sequence.say(token, self.stop_ids)
+
+    def _answer_later(self, look_ahead: LookAhead) -> None:
+        """Queue a step for everybody, and only then look at the tokens that it is fed."""
+        sequences = self._batch.sequences
+        look_ahead.begin(self._batch)
+        self._make_room()
+        if self._batch.sequences is not sequences:
+            return  # somebody had to give up their pages: begin again without them
+        speakers = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.is_thinking]
+        if any(sequence.num_tokens < sequence.capacity for sequence in sequences):
+            thinkers = [(row, sequence) for row, sequence in enumerate(sequences) if sequence.is_thinking]
+            look_ahead.step(self._batch)
+            self._take_in(thinkers)
+        tokens = look_ahead.take()
+        for row, sequence in speakers:
+            sequence.say(tokens[row], self.stop_ids)
+        self._retire()
 
     def _retire(self) -> None:
         """Drop finished sequences from the batch and give back their pages; thoughts stay in the cache, answers not."""
@@ -273,7 +290,7 @@ class Engine:
 
     def _make_room(self) -> None:
         """A page more for who has filled all of its own, first come first served."""
-        growing = [sequence for sequence in self._batch.sequences if sequence.num_tokens == len(sequence.slots)]
+        growing = [s for s in self._batch.sequences if s.num_tokens == len(s.slots) and s.num_tokens < s.capacity]
         for sequence in sorted(growing, key=_rank_of):
             while sequence.pages and not self.cache.take(sequence, 1):
                 self._preempt(max([*self._prefilling, *self._batch.sequences], key=_rank_of))
@@ -304,6 +321,7 @@ class Engine:
     def _step(self) -> None:
         batch = self._batch
         thinking = [sequence.is_thinking for sequence in batch.sequences]
+        thinkers = [(row, sequence) for row, sequence in enumerate(batch.sequences) if thinking[row]]
         tokens = [0 if latent else s.token_ids[-1] for s, latent in zip(batch.sequences, thinking, strict=True)]
         if self.device_graphs is not None:
             batch.step_on_device(tokens)
@@ -316,11 +334,14 @@ class Engine:
                 else:
                     inputs = embedded
             batch.step(self.model, self.cache, inputs, self.cpu_decoder)
-        for row, sequence in enumerate(batch.sequences):
-            if thinking[row]:
-                sequence.take_in(batch.hidden[row])
-                if not sequence.is_thinking:
-                    sequence.mark("decode")
+        self._take_in(thinkers)
+
+    def _take_in(self, thinkers: Iterable[tuple[int, Sequence]]) -> None:
+        """Their newest thoughts, of the step just done.  thinkers: with their rows."""
+        for row, sequence in thinkers:
+            sequence.take_in(self._batch.hidden[row])
+            if not sequence.is_thinking:
+                sequence.mark("decode")
 
 
 def _rank_of(sequence: Sequence) -> Rank:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
@@ -108,8 +109,13 @@ class Sequence:
         return self.thoughts[1:]
 
     @property
+    def num_latents_left(self) -> int:
+        """Latent steps to go."""
+        return max(0, 1 + self.decoding.k - len(self.thoughts))
+
+    @property
     def is_thinking(self) -> bool:
-        return len(self.thoughts) <= self.decoding.k
+        return self.num_latents_left > 0
 
     @property
     def is_finished(self) -> bool:
@@ -160,6 +166,16 @@ class Sequence:
             return self.thoughts[-1]
         self.thoughts.append(hidden)
         return hidden
+
+    def say(self, token: int, stop_ids: Collection[int]) -> None:
+        """token: the next of its answer, which may be its last."""
+        self.num_completion_tokens += 1
+        if token in stop_ids:
+            self.finish("stop")
+            return
+        self.token_ids.append(token)
+        if self.num_completion_tokens == self.decoding.max_new_tokens:
+            self.finish("length")
 
     def mark(self, phase: str) -> None:
         """phase: "prefill", "latent" or "decode", which begins now unless it had begun before a preemption."""

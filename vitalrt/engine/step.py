@@ -199,15 +199,17 @@ class RunningBatch:
     def keep(self, rows: list[int]) -> RunningBatch:
         return RunningBatch([self.sequences[row] for row in rows], self.hidden[rows], self.device_graphs)
 
-    def step_on_device(self, tokens: Many[int]) -> None:
-        """As step, with device_graphs.  tokens: of each sequence the newest, of no meaning where it thinks."""
+    def step_on_device(self, tokens: Many[int] | None = None, answers: bool = False) -> None:
+        """As step, with device_graphs.  tokens: of each sequence the newest, of no meaning where it thinks; None where
+        the device has taken them.  answers: whether it takes tokens after the step as well."""
         assert self.device_graphs is not None
         device_step, num_rows = self.device_graphs.device_step, len(self.sequences)
-        device_step.tell(tokens)
-        self.device_graphs.step(num_rows, answers=False)
+        if tokens is not None:
+            device_step.tell(tokens)
+        self.device_graphs.step(num_rows, answers)
         self.hidden = device_step.rows.hidden[:num_rows].clone()
         for sequence in self.sequences:
-            sequence.num_tokens += 1
+            sequence.num_tokens = min(sequence.num_tokens + 1, sequence.capacity)
 
     def _load(self, device_graphs: StepGraphs) -> None:
         if not self.sequences:
@@ -220,7 +222,8 @@ class RunningBatch:
             self.hidden,
             [sequence.num_tokens for sequence in self.sequences],
             [sequence.position for sequence in self.sequences],
-            [max(0, 1 + sequence.decoding.k - len(sequence.thoughts)) for sequence in self.sequences],
+            [sequence.num_latents_left for sequence in self.sequences],
+            [sequence.capacity for sequence in self.sequences],
             pages,
         )
 
