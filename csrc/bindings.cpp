@@ -249,7 +249,8 @@ void bind_prefix_cache(py::module_& m) {
   py::class_<PrefixKey>(m, "PrefixKey")
       .def(py::init(&make_prefix_key), py::arg("digests"), py::arg("positions").noconvert())
       .def_property_readonly("digests", &digests_of)
-      .def_property_readonly("positions", &positions_of);
+      .def_property_readonly("positions", &positions_of)
+      .def("num_shared", &PrefixKey::num_shared, py::arg("other"));
 
   py::class_<PrefixCacheStatistics>(m, "PrefixCacheStatistics")
       .def_readonly("requests", &PrefixCacheStatistics::requests)

@@ -59,6 +59,26 @@ PrefixKey::PrefixKey(Span<std::uint8_t> digests, Span<std::uint32_t> positions)
   block_.insert(block_.end(), positions.begin(), positions.end());
 }
 
+std::size_t PrefixKey::num_shared(const PrefixKey& other) const {
+  const auto has_same_digest = [&](std::size_t number) {
+    return std::memcmp(digests().data + number * kDigestBytes, other.digests().data + number * kDigestBytes,
+                       kDigestBytes) == 0;
+  };
+  if (!has_same_digest(0)) {
+    return 0;
+  }
+  const Span<std::uint32_t> mine = positions();
+  const Span<std::uint32_t> theirs = other.positions();
+  const auto [end, _] = std::mismatch(mine.begin(), mine.end(), theirs.begin(), theirs.end());
+  const auto count = static_cast<std::size_t>(end - mine.begin());
+  for (std::size_t number = 0; number < num_images_ && images()[number].first < count; ++number) {
+    if (!has_same_digest(number + 1)) {
+      return images()[number].first;
+    }
+  }
+  return count;
+}
+
 PageKey PrefixKey::page(std::size_t index, std::size_t page_size) const {
   const std::size_t start = index * page_size;
   const Image* first = first_image_from(start);

@@ -65,6 +65,9 @@ class PrefixKey {
     __builtin_prefetch(positions().data);
   }
 
+  // How many positions, from the first on, hold the same in both; an image's positions hold its digest too.
+  std::size_t num_shared(const PrefixKey& other) const;
+
   PageKey page(std::size_t index, std::size_t page_size) const;
 
   // The longest stretch from page `index` > 0 on; its end may lie beyond the last page. Empty where the page has

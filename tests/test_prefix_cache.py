@@ -579,3 +579,37 @@ def test_threads_share_a_cache_and_its_pool() -> None:
     cache.check_integrity()
     cache.evict(2000)
     assert pool.num_free == 2000
+
+
+def test_how_much_two_keys_share() -> None:
+    draw = random.Random(0)
+    seen = set()
+
+    def random_key() -> PrefixKey:
+        words: list[int] = []
+        digests = [draw.choice([b"n", b"m"] if draw.random() < 0.1 else [b"n"])]
+        while draw.random() < 0.7:
+            if draw.random() < 0.5:
+                words += [IMAGE + index for index in range(draw.randint(1, 3))]
+                digests.append(draw.choice([b"a", b"b"]))
+            else:
+                words.append(draw.choice([3, 3, 4, LATENT + 1]))
+        return PrefixKey(b"".join(digest * 32 for digest in digests), np.array(words, np.uint32))
+
+    def meanings(key: PrefixKey) -> list[tuple[int, bytes]]:
+        """Every position's word, with the digest of its image or of the namespace."""
+        found, number = [], 0
+        for word in key.positions.tolist():
+            number += word == IMAGE
+            is_image = IMAGE <= word < LATENT
+            found.append((word, key.digests[32 * number :][:32] if is_image else b""))
+        return found
+
+    for _ in range(3000):
+        one, other = random_key(), random_key()
+        pairs = zip(meanings(one), meanings(other), strict=False)
+        same = [mine == theirs for mine, theirs in pairs] if one.digests[:32] == other.digests[:32] else []
+        expected = [*same, False].index(False)
+        assert one.num_shared(other) == other.num_shared(one) == expected
+        seen.add(expected)
+    assert seen >= {0, 1, 2, 3, 4}

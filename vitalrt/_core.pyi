@@ -121,6 +121,9 @@ class PrefixKey:
     def positions(self) -> NDArray[np.uint32]:
         """[T], not writeable."""
 
+    def num_shared(self, other: PrefixKey) -> int:
+        """How many positions, from the first on, hold the same in both."""
+
 class PrefixCache:
     """A tree of cached pages over a pool, which it keeps alive; vitalrt.engine.prefix_cache is its caller.
 

@@ -71,20 +71,6 @@ class PrefixKey(NativeKey):
             positions[is_image] = IMAGE + np.concatenate([np.arange(length, dtype=np.uint32) for length in lengths])
         return cls(namespace + b"".join(prompt.digests), positions)
 
-    def num_shared(self, other: PrefixKey) -> int:
-        """How many positions, from the first on, hold the same in both."""
-        if self.digests[:DIGEST_BYTES] != other.digests[:DIGEST_BYTES]:
-            return 0
-        length = min(len(self.positions), len(other.positions))
-        mine = self.positions[:length]
-        differs = mine != other.positions[:length]
-        count = int(differs.argmax()) if differs.any() else length
-        for image, start in enumerate(np.flatnonzero(mine[:count] == IMAGE), 1):
-            digest = slice(image * DIGEST_BYTES, (image + 1) * DIGEST_BYTES)
-            if self.digests[digest] != other.digests[digest]:
-                return int(start)
-        return count
-
     def then_latents(self, count: int) -> PrefixKey:
         """With `count` latent steps more; they go on counting where the sequence ends with a latent."""
         last = int(self.positions[-1]) if len(self.positions) else TEXT

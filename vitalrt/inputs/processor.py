@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -126,7 +126,7 @@ class Processor:
             reason = str(error).partition("\n")[0]
             raise CheckpointError(f"model: {directory} has no usable tokenizer files ({reason})") from error
         self.chat_template = _chat_template(directory, self.tokenizer)
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token_id = cast(int, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
     @functools.cached_property
     def patch_options(self) -> PatchOptions:
@@ -185,15 +185,18 @@ class Processor:
         text = self.tokenizer.apply_chat_template(
             turns, chat_template=self.chat_template, add_generation_prompt=True, tokenize=False
         )
-        parts = text.split(IMAGE_TOKEN)
-        if len(parts) != len(grids) + 1:
-            num_extra = len(parts) - 1 - len(grids)
-            raise InputError(f"{name}: expected no {IMAGE_TOKEN} token in the text, got {num_extra}")
-        for index, (time_, height, width) in enumerate(grids):
-            num_tokens = time_ * height * width // self.patch_options.merge_size**2
-            parts[index] += IMAGE_TOKEN * num_tokens
         # Calling the tokenizer itself would hand the one text to a pool of threads, and wait for them to wake up.
-        return self.tokenizer.backend_tokenizer.encode("".join(parts)).ids
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text).ids
+        num_extra = ids.count(self.image_token_id) - len(grids)
+        if num_extra:
+            raise InputError(f"{name}: expected no {IMAGE_TOKEN} token in the text, got {num_extra}")
+        expanded, taken = [], 0
+        for time_, height, width in grids:
+            place = ids.index(self.image_token_id, taken)
+            num_tokens = time_ * height * width // self.patch_options.merge_size**2
+            expanded += ids[taken:place] + [self.image_token_id] * num_tokens
+            taken = place + 1
+        return expanded + ids[taken:]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -61,7 +61,7 @@ class Prompt:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.input_ids)
+        return self.input_ids.numel()
 
     def grids(self) -> list[tuple[int, int, int]]:
         """Patches per image as (time, height, width)."""
