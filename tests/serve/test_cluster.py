@@ -79,7 +79,7 @@ def test_metrics_are_of_all_replicas(cluster):
 
 
 def test_a_client_that_leaves_frees_its_pages(cluster, until):
-    """An answer takes a fraction of a second: who leaves too late for it to be cut short leaves another time."""
+    """When an answer is under way depends on the machine: whoever left too early or too late leaves another time."""
 
     def num_aborted() -> float:
         return cluster.metric("request_success_total", finished_reason="abort")
@@ -88,11 +88,11 @@ def test_a_client_that_leaves_frees_its_pages(cluster, until):
         before = num_aborted()
         body = Question(0, QUESTION, k=64).body(n=8, temperature=2, seed=0)
         with contextlib.suppress(httpx.ReadTimeout):
-            httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=patience_s)
+            httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=patience_s))
         until(lambda: cluster.metric("num_requests_running") + cluster.metric("kv_cache_usage_perc") == 0)
         return num_aborted() > before
 
-    assert any(left(patience_s) for patience_s in (0.2, 0.1, 0.05, 0.4, 0.8, 0.2, 0.1, 0.05, 0.4, 0.8))
+    assert any(left(0.01 * 1.25**number) for _ in range(3) for number in range(20))
 
 
 def test_clients_that_leave_cost_others_nothing(cluster):
@@ -119,7 +119,8 @@ def test_a_replica_that_is_killed_is_replaced_and_no_answer_is_wrong(cluster, ph
         killing.result()
     visitor.close()
     assert {visit.status for visit in visits} <= {200, 503, 0}
-    assert {visit.trouble for visit in visits} <= {None, REPLICA_LOST}
+    in_trouble = [(visit.kind, visit.trouble) for visit in visits if visit.trouble not in (None, REPLICA_LOST)]
+    assert not in_trouble, cluster.log.read_text(errors="replace")[-20_000:]
     assert sum(bool(visit.texts) for visit in visits) > 150
     assert not wrong_answers(visits, phantom)
 

@@ -101,7 +101,7 @@ class Door:
         from ray.serve.exceptions import BackPressureError
 
         start: Message | None = None  # kept back until there is more to send, for until then another may answer
-        is_events = has_begun = False
+        is_events = has_begun = is_complete = False
         replicas = self._replicas.options(method_name="answer", stream=True, session_id=image or "")
         # In a context of its own: when a client goes, Ray cancels all that its request has called, and is mistaken at
         # times about which those calls are. We cancel our own.
@@ -120,6 +120,7 @@ class Door:
                         await send(start)
                         start, has_begun = None, True
                     await send(message)
+                    is_complete = not message.get("more_body", False)
         except TimeoutError:
             raise late from None
         except BackPressureError:
@@ -127,6 +128,8 @@ class Door:
         except (Exception, asyncio.CancelledError) as error:
             if _is_cancelled():
                 raise
+            if is_complete:
+                return True  # it was lost after its last word
             # A call that Ray has cancelled, though nobody here had asked for it, is as lost as one whose replica died.
             is_lost = isinstance(error, RayActorError | ObjectLostError | asyncio.CancelledError)
             logger.warning(
