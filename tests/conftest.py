@@ -97,7 +97,9 @@ class TinyModel:
         if prompt.pixel_values is not None:
             features = model.get_image_features(prompt.pixel_values, prompt.image_grid_thw, return_dict=True)
             x[is_image] = torch.cat(features.pooler_output)
-            deepstack = [torch.cat(feature) for feature in features.deepstack_features]
+            deepstack = [
+                f if isinstance(f, torch.Tensor) else torch.cat(f) for f in features.deepstack_features
+            ]  # 5.17: whole
 
         def last_hidden() -> torch.Tensor:
             out = model.language_model(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -117,17 +116,18 @@ def _run(
 def _fill_prefix(
     model: Qwen3VLForConditionalGeneration, batch: Batch, vision: VisionFeatures, cache: TrainingCache
 ) -> None:
-    encoded = SimpleNamespace(
-        pooler_output=(vision.tokens,), deepstack_features=[(level,) for level in vision.deepstack]
-    )
-    with storing_only(model.model.language_model.layers[-1], cache.layers[-1]):
-        model.model(
-            input_ids=batch.prefix.ids,
+    # Straight to the decoder: transformers 5.17 takes no encoded images, and would go on without them.
+    decoder = model.model.language_model
+    is_visual = batch.prefix.ids == model.config.image_token_id
+    embedded = decoder.embed_tokens(batch.prefix.ids)
+    with storing_only(decoder.layers[-1], cache.layers[-1]):
+        decoder(
+            inputs_embeds=embedded.masked_scatter(is_visual[..., None], vision.tokens.to(embedded.dtype)),
             attention_mask=batch.prefix.mask,
             position_ids=batch.prefix.positions,
-            mm_encoder_outputs={"image": encoded},
             past_key_values=cache,
-            use_cache=True,
+            visual_pos_masks=is_visual,
+            deepstack_visual_embeds=list(vision.deepstack),
         )
 
 
