@@ -97,9 +97,8 @@ class TinyModel:
         if prompt.pixel_values is not None:
             features = model.get_image_features(prompt.pixel_values, prompt.image_grid_thw, return_dict=True)
             x[is_image] = torch.cat(features.pooler_output)
-            deepstack = [
-                f if isinstance(f, torch.Tensor) else torch.cat(f) for f in features.deepstack_features
-            ]  # 5.17: whole
+            # transformers 5.17 gives each level whole, later ones by image.
+            deepstack = [f if isinstance(f, torch.Tensor) else torch.cat(f) for f in features.deepstack_features]
 
         def last_hidden() -> torch.Tensor:
             out = model.language_model(

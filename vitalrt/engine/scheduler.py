@@ -269,9 +269,8 @@ class Engine:
             return  # somebody had to give up their pages: begin again without them
         speakers = [(row, sequence) for row, sequence in enumerate(sequences) if not sequence.is_thinking]
         if any(sequence.num_tokens < sequence.capacity for sequence in sequences):
-            thinkers = [(row, sequence) for row, sequence in enumerate(sequences) if sequence.is_thinking]
             look_ahead.step(self._batch)
-            self._take_in(thinkers)
+            self._take_in()
         tokens = look_ahead.take()
         for row, sequence in speakers:
             sequence.say(tokens[row], self.stop_ids)
@@ -321,7 +320,6 @@ class Engine:
     def _step(self) -> None:
         batch = self._batch
         thinking = [sequence.is_thinking for sequence in batch.sequences]
-        thinkers = [(row, sequence) for row, sequence in enumerate(batch.sequences) if thinking[row]]
         tokens = [0 if latent else s.token_ids[-1] for s, latent in zip(batch.sequences, thinking, strict=True)]
         if self.device_graphs is not None:
             batch.step_on_device(tokens)
@@ -334,14 +332,15 @@ class Engine:
                 else:
                     inputs = embedded
             batch.step(self.model, self.cache, inputs, self.cpu_decoder)
-        self._take_in(thinkers)
+        self._take_in()
 
-    def _take_in(self, thinkers: Iterable[tuple[int, Sequence]]) -> None:
-        """Their newest thoughts, of the step just done.  thinkers: with their rows."""
-        for row, sequence in thinkers:
-            sequence.take_in(self._batch.hidden[row])
-            if not sequence.is_thinking:
-                sequence.mark("decode")
+    def _take_in(self) -> None:
+        """The thoughts of the step just done."""
+        for row, sequence in enumerate(self._batch.sequences):
+            if sequence.is_thinking:
+                sequence.take_in(self._batch.hidden[row])
+                if not sequence.is_thinking:
+                    sequence.mark("decode")
 
 
 def _rank_of(sequence: Sequence) -> Rank:
