@@ -15,7 +15,6 @@
 #include <string>
 #include <string_view>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 #include "block_pool.hpp"
@@ -39,6 +38,7 @@ using vitalrt::PrefixCacheStatistics;
 using vitalrt::PrefixKey;
 using vitalrt::Rope;
 using vitalrt::Span;
+using vitalrt::Team;
 using vitalrt::Trunk;
 
 namespace {
@@ -87,7 +87,7 @@ std::unique_ptr<CpuDecoder> make_cpu_decoder(std::int64_t hidden_size, std::int6
   }
   return std::make_unique<CpuDecoder>(
       DecoderShape{hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size, rms_norm_eps},
-      std::move(weights), at<const float>(final_norm),
+      weights, at<const float>(final_norm),
       Rope{at<const float>(inverse_frequencies), at<const std::int64_t>(axes)},
       DecoderCache{at<float>(k_cache), at<float>(v_cache), num_slots});
 }
@@ -95,7 +95,8 @@ std::unique_ptr<CpuDecoder> make_cpu_decoder(std::int64_t hidden_size, std::int6
 void run_cpu_decoder(const CpuDecoder& decoder, std::int64_t batch, std::int64_t row_length, std::uintptr_t slots,
                      std::uintptr_t lengths, std::uintptr_t counts, std::int64_t num_axes, std::uintptr_t positions,
                      std::uintptr_t inputs, std::uintptr_t hidden, std::int64_t num_image_rows,
-                     std::uintptr_t image_rows, const std::vector<std::uintptr_t>& deepstack) {
+                     std::uintptr_t image_rows, const std::vector<std::uintptr_t>& deepstack,
+                     std::uintptr_t start_threads, std::size_t num_threads) {
   const py::gil_scoped_release release;
   Deepstack features{num_image_rows, at<const std::int64_t>(image_rows)};
   for (const std::uintptr_t address : deepstack) {
@@ -103,7 +104,8 @@ void run_cpu_decoder(const CpuDecoder& decoder, std::int64_t batch, std::int64_t
   }
   decoder.run(NewTokens{batch, row_length, at<const std::int64_t>(slots), at<const std::int64_t>(lengths),
                         at<const std::int64_t>(counts), num_axes, at<const std::int64_t>(positions)},
-              features, at<const float>(inputs), at<float>(hidden));
+              features, at<const float>(inputs), at<float>(hidden),
+              Team{reinterpret_cast<decltype(Team::start)>(start_threads), num_threads});
 }
 
 template <typename T>
@@ -299,7 +301,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("k_cache"), py::arg("v_cache"), py::arg("num_slots"))
       .def("run", &run_cpu_decoder, py::arg("batch"), py::arg("row_length"), py::arg("slots"), py::arg("lengths"),
            py::arg("counts"), py::arg("num_axes"), py::arg("positions"), py::arg("inputs"), py::arg("hidden"),
-           py::arg("num_image_rows"), py::arg("image_rows"), py::arg("deepstack"));
+           py::arg("num_image_rows"), py::arg("image_rows"), py::arg("deepstack"), py::arg("start_threads"),
+           py::arg("num_threads"));
 
   bind_prefix_cache(m);
 }

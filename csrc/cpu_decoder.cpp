@@ -1,12 +1,14 @@
 #include "cpu_decoder.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstddef>
+#include <exception>
 #include <functional>
+#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <utility>
 
 #include "cpu_kernels.hpp"
 
@@ -15,7 +17,41 @@ namespace {
 
 using std::size_t;
 
+// What makes waking another thread worth it, some 20 microseconds of work.
+constexpr size_t kProductsPerThread = 1'000'000;
+
 size_t to_size(std::int64_t value) { return static_cast<size_t>(value); }
+
+// Calls work(0), .. work(count - 1), each once, on whichever thread of the team comes first.
+void share_out(size_t count, const Team& team, const std::function<void(size_t)>& work) {
+  if (count == 1) {
+    work(0);
+    return;
+  }
+  struct Shared {
+    const std::function<void(size_t)>& work;
+    const size_t count;
+    std::atomic<size_t> next{0};
+    std::exception_ptr failure{};
+    std::mutex mutex{};
+  } shared{work, count};
+  const auto take = [](void* data) {
+    Shared& all = *static_cast<Shared*>(data);
+    for (size_t n = all.next++; n < all.count; n = all.next++) {
+      try {
+        all.work(n);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(all.mutex);
+        all.failure = std::current_exception();
+      }
+    }
+  };
+  // The whole team, as torch asks for it: of another size, threads would end and begin anew.
+  team.start(take, &shared, static_cast<unsigned>(team.num_threads), 0);
+  if (shared.failure) {
+    std::rethrow_exception(shared.failure);
+  }
+}
 
 // Moves the listed rows, ascending, to the front.
 void keep_rows(std::vector<float>& numbers, size_t width, const std::vector<size_t>& rows) {
@@ -28,9 +64,9 @@ void keep_rows(std::vector<float>& numbers, size_t width, const std::vector<size
 
 }  // namespace
 
-CpuDecoder::CpuDecoder(const DecoderShape& shape, std::vector<LayerWeights> layers, const float* final_norm,
+CpuDecoder::CpuDecoder(const DecoderShape& shape, const std::vector<LayerWeights>& layers, const float* final_norm,
                        const Rope& rope, const DecoderCache& cache)
-    : shape_(shape), layers_(std::move(layers)), final_norm_(final_norm), rope_(rope), cache_(cache) {
+    : shape_(shape), final_norm_(final_norm), rope_(rope), cache_(cache) {
   if (std::min({shape.hidden_size, shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.intermediate_size,
                 cache.num_slots}) < 1) {
     throw std::invalid_argument("shape: expected sizes of at least 1");
@@ -38,6 +74,16 @@ CpuDecoder::CpuDecoder(const DecoderShape& shape, std::vector<LayerWeights> laye
   if (shape.num_heads % shape.num_kv_heads != 0 || shape.head_dim % 2 != 0) {
     throw std::invalid_argument("shape: expected num_heads in multiples of num_kv_heads and an even head_dim");
   }
+  const size_t width = to_size(shape.hidden_size), ffn_width = to_size(shape.intermediate_size);
+  const size_t q_width = to_size(shape.num_heads * shape.head_dim);
+  const size_t kv_width = to_size(shape.num_kv_heads * shape.head_dim);
+  for (const LayerWeights& layer : layers) {
+    layers_.push_back({layer.input_norm, layer.qk_norm, layer.post_norm,
+                       PackedMatrix(layer.qkv, q_width + 2 * kv_width, width), PackedMatrix(layer.o, width, q_width),
+                       PackedMatrix(layer.gate_up, 2 * ffn_width, width),
+                       PackedMatrix(layer.down, width, ffn_width)});
+  }
+  num_weights_ = layers.size() * width * (2 * (q_width + kv_width) + 3 * ffn_width);
 }
 
 std::vector<CpuDecoder::Place> CpuDecoder::places_of(const NewTokens& tokens) const {
@@ -62,33 +108,64 @@ std::vector<CpuDecoder::Place> CpuDecoder::places_of(const NewTokens& tokens) co
   return places;
 }
 
-// [T, D]: cosines [D / 2], then sines.
-std::vector<float> CpuDecoder::turns_of(const NewTokens& tokens, size_t num_tokens) const {
+// [tokens, D], of a part's: cosines [D / 2], then sines.
+std::vector<float> CpuDecoder::turns_of(const NewTokens& tokens, size_t num_tokens, const Part& part) const {
   const size_t half = to_size(shape_.head_dim) / 2;
-  std::vector<float> turns(num_tokens * 2 * half);
-  for (size_t t = 0; t < num_tokens; ++t) {
+  std::vector<float> turns;
+  turns.reserve((part.last_token - part.first_token) * 2 * half);
+  std::vector<float> angles(half);
+  for (size_t t = part.first_token; t < part.last_token; ++t) {
     for (size_t i = 0; i < half; ++i) {
       const size_t axis = tokens.num_axes == 1 ? 0 : to_size(rope_.axes[i]);
-      const float angle = static_cast<float>(tokens.positions[axis * num_tokens + t]) * rope_.inverse_frequencies[i];
-      turns[t * 2 * half + i] = std::cos(angle);
-      turns[t * 2 * half + half + i] = std::sin(angle);
+      angles[i] = static_cast<float>(tokens.positions[axis * num_tokens + t]) * rope_.inverse_frequencies[i];
+    }
+    for (const float angle : angles) {
+      turns.push_back(std::cos(angle));
+    }
+    for (const float angle : angles) {
+      turns.push_back(std::sin(angle));
     }
   }
   return turns;
 }
 
-void CpuDecoder::run(const NewTokens& tokens, const Deepstack& deepstack, const float* inputs, float* hidden) const {
-  std::vector<Place> places = places_of(tokens);
-  size_t num_rows = places.size();
+// As many parts as there are threads, of about as many tokens each, and at least one sequence.
+std::vector<CpuDecoder::Part> CpuDecoder::parts_of(const NewTokens& tokens, size_t num_tokens, const Team& team) const {
+  const size_t batch = to_size(tokens.batch), most_parts = num_tokens * num_weights_ / kProductsPerThread + 1;
+  const size_t num_parts = team.start == nullptr ? 1 : std::min({team.num_threads, batch, most_parts});
+  std::vector<Part> parts;
+  Part part{};
+  for (size_t n = 0; n < num_parts; ++n) {
+    part = {part.last_sequence, part.last_sequence, part.last_token, part.last_token};
+    const size_t share = num_tokens * (n + 1) / num_parts, last = batch - (num_parts - 1 - n);
+    do {
+      part.last_token += to_size(tokens.counts[part.last_sequence++]);
+    } while (part.last_sequence < last && part.last_token < share);
+    parts.push_back(part);
+  }
+  return parts;
+}
+
+void CpuDecoder::run(const NewTokens& tokens, const Deepstack& deepstack, const float* inputs, float* hidden,
+                     const Team& team) const {
+  const std::vector<Place> places = places_of(tokens);
   for (std::int64_t n = 0; n < deepstack.num_rows; ++n) {
-    if (deepstack.rows[n] < 0 || to_size(deepstack.rows[n]) >= num_rows) {
-      throw std::out_of_range("image_rows: expected 0 to " + std::to_string(num_rows - 1) + ", got " +
+    if (deepstack.rows[n] < 0 || to_size(deepstack.rows[n]) >= places.size()) {
+      throw std::out_of_range("image_rows: expected 0 to " + std::to_string(places.size() - 1) + ", got " +
                               std::to_string(deepstack.rows[n]));
     }
   }
+  const std::vector<Part> parts = parts_of(tokens, places.size(), team);
+  share_out(parts.size(), team, [&](size_t n) { run_part(parts[n], tokens, places, deepstack, inputs, hidden); });
+}
+
+void CpuDecoder::run_part(const Part& part, const NewTokens& tokens, const std::vector<Place>& all_places,
+                          const Deepstack& deepstack, const float* inputs, float* hidden) const {
+  std::vector<Place> places(&all_places[part.first_token], &all_places[part.last_token - 1] + 1);
+  size_t num_rows = places.size();
   std::vector<size_t> last_rows;
-  for (std::int64_t b = 0; b < tokens.batch; ++b) {
-    last_rows.push_back(to_size(tokens.counts[b]) + (b == 0 ? 0 : last_rows.back() + 1) - 1);
+  for (size_t b = part.first_sequence; b < part.last_sequence; ++b) {
+    last_rows.push_back(to_size(tokens.counts[b]) + (last_rows.empty() ? 0 : last_rows.back() + 1) - 1);
   }
 
   const size_t width = to_size(shape_.hidden_size), head_dim = to_size(shape_.head_dim);
@@ -97,20 +174,20 @@ void CpuDecoder::run(const NewTokens& tokens, const Deepstack& deepstack, const 
   const size_t ffn_width = to_size(shape_.intermediate_size);
   const float eps = shape_.rms_norm_eps;
 
-  std::vector<float> x(inputs, inputs + num_rows * width), normed(num_rows * width);
+  std::vector<float> x(inputs + part.first_token * width, inputs + part.last_token * width), normed(num_rows * width);
   std::vector<float> qkv(num_rows * qkv_width), attended(num_rows * q_width);
   std::vector<float> gate_up(num_rows * 2 * ffn_width), gated(num_rows * ffn_width);
   std::vector<float> scores(to_size(tokens.row_length));
-  const std::vector<float> turns = turns_of(tokens, num_rows);
+  const std::vector<float> turns = turns_of(tokens, all_places.size(), part);
 
   const size_t layer_size = to_size(cache_.num_slots) * kv_width;
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
-    const LayerWeights& weights = layers_[layer];
+    const Layer& weights = layers_[layer];
     float* keys = cache_.k + layer * layer_size;
     float* values = cache_.v + layer * layer_size;
 
     rms_norm(x.data(), weights.input_norm, width, num_rows, eps, normed.data());
-    multiply(weights.qkv, qkv_width, width, normed.data(), num_rows, qkv.data(), false);
+    weights.qkv.multiply(normed.data(), num_rows, qkv.data(), false);
     for (size_t n = 0; n < num_rows; ++n) {
       float* row = &qkv[n * qkv_width];
       for (size_t head = 0; head < num_heads + num_kv_heads; ++head) {
@@ -137,15 +214,19 @@ void CpuDecoder::run(const NewTokens& tokens, const Deepstack& deepstack, const 
                places[n].index + 1, kv_width, head_dim, scores.data(), &attended[n * q_width + head * head_dim]);
       }
     }
-    multiply(weights.o, width, q_width, attended.data(), num_rows, x.data(), true);
+    weights.o.multiply(attended.data(), num_rows, x.data(), true);
 
     rms_norm(x.data(), weights.post_norm, width, num_rows, eps, normed.data());
-    multiply(weights.gate_up, 2 * ffn_width, width, normed.data(), num_rows, gate_up.data(), false);
+    weights.gate_up.multiply(normed.data(), num_rows, gate_up.data(), false);
     swiglu(gate_up.data(), ffn_width, num_rows, gated.data());
-    multiply(weights.down, width, ffn_width, gated.data(), num_rows, x.data(), true);
+    weights.down.multiply(gated.data(), num_rows, x.data(), true);
     if (layer < deepstack.features.size()) {
       for (size_t n = 0; n < to_size(deepstack.num_rows); ++n) {
-        float* row = &x[to_size(deepstack.rows[n]) * width];
+        const size_t token = to_size(deepstack.rows[n]);
+        if (token < part.first_token || token >= part.last_token) {
+          continue;
+        }
+        float* row = &x[(token - part.first_token) * width];
         const float* feature = deepstack.features[layer] + n * width;
         std::transform(row, row + width, feature, row, std::plus<>());
       }
@@ -154,7 +235,7 @@ void CpuDecoder::run(const NewTokens& tokens, const Deepstack& deepstack, const 
   if (num_rows > last_rows.size()) {
     keep_rows(x, width, last_rows);
   }
-  rms_norm(x.data(), final_norm_, width, last_rows.size(), eps, hidden);
+  rms_norm(x.data(), final_norm_, width, last_rows.size(), eps, hidden + part.first_sequence * width);
 }
 
 }  // namespace vitalrt

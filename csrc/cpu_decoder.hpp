@@ -1,4 +1,4 @@
-// A small decoder's forward pass on one CPU core, in fp32. Knows neither Python nor torch.
+// A small decoder's forward pass on the CPU, in fp32. Knows neither Python nor torch.
 //
 // A small model's pass is thousands of operations of microseconds each: calling them one by one costs more than doing
 // them. Here a pass is one call, over whole prompts or over one new token of each running sequence.
@@ -10,6 +10,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "packed_matrix.hpp"
 
 namespace vitalrt {
 
@@ -65,32 +67,54 @@ struct Deepstack {
   std::vector<const float*> features = {};
 };
 
+// Somebody's threads. start: calls a function with its data on num_threads of them, the caller's included, and returns
+// when all are done: GOMP_parallel of any OpenMP, its last argument 0. Without it there is one thread, the caller's.
+struct Team {
+  void (*start)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags) = nullptr;
+  std::size_t num_threads = 1;
+};
+
 class CpuDecoder {
  public:
-  // Keeps the pointers, not what they point at. final_norm: [d].
+  // Copies the matrices; of all else it keeps the pointers, not what they point at. final_norm: [d].
   // Throws std::invalid_argument on a shape without a meaning.
-  CpuDecoder(const DecoderShape& shape, std::vector<LayerWeights> layers, const float* final_norm, const Rope& rope,
-             const DecoderCache& cache);
+  CpuDecoder(const DecoderShape& shape, const std::vector<LayerWeights>& layers, const float* final_norm,
+             const Rope& rope, const DecoderCache& cache);
 
   // Appends the new tokens to the cache, in place. inputs: [T, d] embeddings. hidden: [B, d], written: the hidden state
   // of each sequence's last new token after the final norm. A sequence's result does not depend on the others, to the
-  // last bit, unless it takes them to make the rows of a product more than kFewRows (cpu_kernels.hpp).
+  // last bit; the team shares the sequences out.
   // Throws std::out_of_range, touching nothing, where a row has no slot left, a slot is not in the cache, or a visual
   // row is not among the new tokens.
-  void run(const NewTokens& tokens, const Deepstack& deepstack, const float* inputs, float* hidden) const;
+  void run(const NewTokens& tokens, const Deepstack& deepstack, const float* inputs, float* hidden,
+           const Team& team = {}) const;
 
  private:
+  struct Layer {
+    const float *input_norm, *qk_norm, *post_norm;
+    PackedMatrix qkv, o, gate_up, down;
+  };
+
   // Where a new token stands: its sequence's slots, and how many of them hold what came before it.
   struct Place {
     const std::int64_t* slots;
     std::size_t index;
   };
 
+  // Sequences, and their new tokens, that one thread sees to: first to last - 1.
+  struct Part {
+    std::size_t first_sequence, last_sequence, first_token, last_token;
+  };
+
   std::vector<Place> places_of(const NewTokens& tokens) const;
-  std::vector<float> turns_of(const NewTokens& tokens, std::size_t num_tokens) const;
+  std::vector<Part> parts_of(const NewTokens& tokens, std::size_t num_tokens, const Team& team) const;
+  std::vector<float> turns_of(const NewTokens& tokens, std::size_t num_tokens, const Part& part) const;
+  void run_part(const Part& part, const NewTokens& tokens, const std::vector<Place>& places, const Deepstack& deepstack,
+                const float* inputs, float* hidden) const;
 
   DecoderShape shape_;
-  std::vector<LayerWeights> layers_;
+  std::vector<Layer> layers_;
+  std::size_t num_weights_;  // of all matrices
   const float* final_norm_;
   Rope rope_;
   DecoderCache cache_;

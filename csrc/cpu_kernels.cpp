@@ -34,137 +34,17 @@ VITALRT_INLINE float total(const Lanes& lanes) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
 }
 
-// sums[n] = the weight row times input row n, all `width` long.
-template <size_t kInputs>
-VITALRT_INLINE void dot_products(const float* weight, const float* inputs, size_t width, float (&sums)[kInputs]) {
-  Lanes partial[kInputs] = {};
-  size_t column = 0;
-  for (; column + kLanes <= width; column += kLanes) {
-    const Lanes numbers = load(weight + column);
-    for (size_t n = 0; n < kInputs; ++n) {
-      partial[n] += numbers * load(inputs + n * width + column);
-    }
-  }
-  for (size_t n = 0; n < kInputs; ++n) {
-    sums[n] = total(partial[n]);
-    for (size_t rest = column; rest < width; ++rest) {
-      sums[n] += weight[rest] * inputs[n * width + rest];
-    }
-  }
-}
-
 VITALRT_INLINE float dot_product(const float* a, const float* b, size_t width) {
-  float sums[1];
-  dot_products(a, b, width, sums);
-  return sums[0];
-}
-
-// Weight rows first to last, one after the other, times kInputs rows of inputs; added to outputs if `add`.
-template <size_t kInputs>
-VITALRT_INLINE void multiply_rows(const float* weight, size_t first, size_t last, size_t width, const float* inputs,
-                                  float* outputs, size_t out_width, bool add) {
-  for (size_t row = first; row < last; ++row) {
-    float sums[kInputs];
-    dot_products(weight + row * width, inputs, width, sums);
-    for (size_t n = 0; n < kInputs; ++n) {
-      float& output = outputs[n * out_width + row];
-      output = add ? output + sums[n] : sums[n];
-    }
+  Lanes partial = {};
+  size_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    partial += load(a + i) * load(b + i);
   }
-}
-
-// For a step: the weights are read strictly in order, since it mostly waits for them to come from memory, and a block of
-// them stays in the first cache while the inputs pass by.
-VITALRT_CLONES
-void multiply_few(const float* weight, size_t out_width, size_t width, const float* inputs, size_t num_rows,
-                  float* outputs, bool add) {
-  constexpr size_t kBlock = 16;
-  for (size_t first = 0; first < out_width; first += kBlock) {
-    const size_t last = std::min(first + kBlock, out_width);
-    size_t n = 0;
-    for (; n + 4 <= num_rows; n += 4) {
-      multiply_rows<4>(weight, first, last, width, inputs + n * width, outputs + n * out_width, out_width, add);
-    }
-    for (; n + 2 <= num_rows; n += 2) {
-      multiply_rows<2>(weight, first, last, width, inputs + n * width, outputs + n * out_width, out_width, add);
-    }
-    for (; n < num_rows; ++n) {
-      multiply_rows<1>(weight, first, last, width, inputs + n * width, outputs + n * out_width, out_width, add);
-    }
+  float sum = total(partial);
+  for (; i < width; ++i) {
+    sum += a[i] * b[i];
   }
-}
-
-// kWeights rows of weights times kGroups groups of kLanes input rows, a lane each. columns: [kGroups, width, kLanes].
-template <size_t kWeights, size_t kGroups>
-VITALRT_INLINE void multiply_tile(const float* weight, size_t width, const float* columns, float* outputs,
-                                  size_t out_width, size_t num_rows, bool add) {
-  Lanes sums[kWeights][kGroups] = {};
-  for (size_t column = 0; column < width; ++column) {
-    Lanes inputs[kGroups];
-    for (size_t group = 0; group < kGroups; ++group) {
-      inputs[group] = load(columns + (group * width + column) * kLanes);
-    }
-    for (size_t row = 0; row < kWeights; ++row) {
-      for (size_t group = 0; group < kGroups; ++group) {
-        sums[row][group] += weight[row * width + column] * inputs[group];
-      }
-    }
-  }
-  float turned[kGroups * kLanes][kWeights];
-  for (size_t row = 0; row < kWeights; ++row) {
-    for (size_t n = 0; n < kGroups * kLanes; ++n) {
-      turned[n][row] = sums[row][n / kLanes][n % kLanes];
-    }
-  }
-  for (size_t n = 0; n < num_rows; ++n) {
-    for (size_t row = 0; row < kWeights; ++row) {
-      float& output = outputs[n * out_width + row];
-      output = add ? output + turned[n][row] : turned[n][row];
-    }
-  }
-}
-
-// Weight rows first to last times kGroups groups.
-template <size_t kWeights, size_t kGroups>
-VITALRT_INLINE void multiply_tiles(const float* weight, size_t first, size_t last, size_t width, const float* columns,
-                                   size_t num_rows, float* outputs, size_t out_width, bool add) {
-  size_t row = first;
-  for (; row + kWeights <= last; row += kWeights) {
-    multiply_tile<kWeights, kGroups>(weight + row * width, width, columns, outputs + row, out_width, num_rows, add);
-  }
-  for (; row < last; ++row) {
-    multiply_tile<1, kGroups>(weight + row * width, width, columns, outputs + row, out_width, num_rows, add);
-  }
-}
-
-// For a prompt: twelve sums stay in registers, which is as many as AVX has room for beside what they are made from. A
-// block of weights comes from memory once and stays in the first cache while the inputs pass by.
-VITALRT_CLONES
-void multiply_many(const float* weight, size_t out_width, size_t width, const float* inputs, size_t num_rows,
-                   float* outputs, bool add) {
-  constexpr size_t kBlock = 24;
-  const size_t num_groups = (num_rows + kLanes - 1) / kLanes, group_size = width * kLanes;
-  std::vector<float> columns(num_groups * group_size);
-  for (size_t n = 0; n < num_rows; ++n) {
-    float* lane = &columns[n / kLanes * group_size + n % kLanes];
-    for (size_t column = 0; column < width; ++column) {
-      lane[column * kLanes] = inputs[n * width + column];
-    }
-  }
-  for (size_t first = 0; first < out_width; first += kBlock) {
-    const size_t last = std::min(first + kBlock, out_width);
-    for (size_t group = 0; group < num_groups; group += 2) {
-      const size_t done = group * kLanes;
-      float* output = outputs + done * out_width;
-      if (group + 1 < num_groups) {
-        multiply_tiles<6, 2>(weight, first, last, width, &columns[group * group_size],
-                             std::min(2 * kLanes, num_rows - done), output, out_width, add);
-      } else {
-        multiply_tiles<12, 1>(weight, first, last, width, &columns[group * group_size], num_rows - done, output,
-                              out_width, add);
-      }
-    }
-  }
+  return sum;
 }
 
 // x = e^x to about 1e-7 of it, kept within what a float can hold. NaN stays NaN.
@@ -208,15 +88,6 @@ VITALRT_INLINE void apply_gate(Lanes& gate, const Lanes& up) {
 }
 
 }  // namespace
-
-void multiply(const float* weight, size_t out_width, size_t width, const float* inputs, size_t num_rows, float* outputs,
-              bool add) {
-  if (num_rows <= kFewRows) {
-    multiply_few(weight, out_width, width, inputs, num_rows, outputs, add);
-  } else {
-    multiply_many(weight, out_width, width, inputs, num_rows, outputs, add);
-  }
-}
 
 VITALRT_CLONES
 void rms_norm(const float* inputs, const float* weight, size_t width, size_t num_rows, float eps, float* outputs) {

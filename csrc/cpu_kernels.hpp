@@ -8,12 +8,6 @@
 
 namespace vitalrt {
 
-// outputs [num_rows, out_width] = inputs [num_rows, width] times weight [out_width, width] transposed; added to what is
-// there if `add`. A row's result may change in rounding where num_rows exceeds kFewRows, and not otherwise.
-constexpr std::size_t kFewRows = 8;
-void multiply(const float* weight, std::size_t out_width, std::size_t width, const float* inputs, std::size_t num_rows,
-              float* outputs, bool add);
-
 // RMSNorm of each row; inputs and outputs may be the same. weight: [width].
 void rms_norm(const float* inputs, const float* weight, std::size_t width, std::size_t num_rows, float eps,
               float* outputs);

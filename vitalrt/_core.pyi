@@ -50,11 +50,11 @@ class BlockPool:
         """For tests. Raises RuntimeError when free runs and reference counts disagree."""
 
 class CpuDecoder:
-    """A small decoder's forward pass on one CPU core, in float32; vitalrt.engine.cpu_decoder is its caller.
+    """A small decoder's forward pass on the CPU, in float32; vitalrt.engine.cpu_decoder is its caller.
 
-    Takes addresses of contiguous memory (torch.Tensor.data_ptr) and keeps nothing alive. layers: input_norm, qkv,
-    qk_norm, o, post_norm, gate_up and down of each. csrc/cpu_decoder.hpp has the shapes. Raises ValueError on sizes
-    that make no decoder.
+    Takes addresses of contiguous memory (torch.Tensor.data_ptr), copies matrices and keeps nothing alive. layers:
+    input_norm, qkv, qk_norm, o, post_norm, gate_up and down of each. csrc/cpu_decoder.hpp has the shapes. Raises
+    ValueError on sizes that make no decoder.
     """
 
     def __init__(
@@ -88,8 +88,13 @@ class CpuDecoder:
         num_image_rows: int,
         image_rows: int,
         deepstack: Sequence[int],
+        start_threads: int,
+        num_threads: int,
     ) -> None:
         """Append the new tokens to the cache and write hidden, in place. Any number of threads; releases the GIL.
+
+        start_threads: address of what starts num_threads threads that share the sequences out, as GOMP_parallel does;
+        0 for the caller's thread alone.
 
         Raises IndexError, touching nothing, where a row has no slot left, a slot is not in the cache, or an image row
         is not among the new tokens.

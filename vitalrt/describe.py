@@ -93,7 +93,7 @@ def _cpu_decoder(engine: Engine) -> str:
     reason = why_not_cpu_decoder(engine.model.decoder)
     if engine.cpu_decoder is None:
         return f"in torch: {reason}"
-    return f"in C++ for up to {engine.cpu_decoder.max_tokens} new tokens at once, else in torch"
+    return f"in C++; prompts of more than {engine.cpu_decoder.max_tokens} new tokens in torch"
 
 
 def _gpu_step(engine: Engine) -> str:

@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 namespace {
@@ -33,12 +35,20 @@ Floats random_floats(std::mt19937& random, std::int64_t count) {
 
 // Weights of one decoder, each in an allocation of its own.
 struct Decoder {
-  Decoder(std::mt19937& random, const vitalrt::DecoderShape& shape, std::int64_t num_layers) : shape(shape) {
+  // fits_bf16: whether the lower halves of all numbers are zero, so that the core may leave them out.
+  Decoder(std::mt19937& random, const vitalrt::DecoderShape& shape, std::int64_t num_layers, bool fits_bf16)
+      : shape(shape) {
     const std::int64_t d = shape.hidden_size, ffn = shape.intermediate_size;
     const std::int64_t q = shape.num_heads * shape.head_dim, kv = shape.num_kv_heads * shape.head_dim;
     for (std::int64_t layer = 0; layer < num_layers; ++layer) {
       for (const std::int64_t size : {d, (q + 2 * kv) * d, q + kv, d * q, d, 2 * ffn * d, d * ffn}) {
         numbers.push_back(random_floats(random, size));
+        for (float& number : numbers.back()) {
+          std::uint32_t word;
+          std::memcpy(&word, &number, sizeof word);
+          word &= fits_bf16 ? 0xffff0000u : 0xffffffffu;
+          std::memcpy(&number, &word, sizeof word);
+        }
       }
     }
     final_norm = random_floats(random, d);
@@ -74,7 +84,8 @@ struct Part {
 };
 
 // Runs the parts packed, as NewTokens and Deepstack want them.
-Floats run(const vitalrt::CpuDecoder& decoder, const std::vector<Part>& parts, std::size_t width) {
+Floats run(const vitalrt::CpuDecoder& decoder, const std::vector<Part>& parts, std::size_t width,
+           const vitalrt::Team& team = {}) {
   std::vector<std::int64_t> slots, lengths, counts, positions, visual;
   Floats inputs;
   std::vector<Floats> deepstack(parts[0].deepstack.size());
@@ -103,20 +114,33 @@ Floats run(const vitalrt::CpuDecoder& decoder, const std::vector<Part>& parts, s
   Floats hidden(parts.size() * width);
   decoder.run({static_cast<std::int64_t>(parts.size()), static_cast<std::int64_t>(parts[0].slots.size()),
                slots.data(), lengths.data(), counts.data(), 3, positions.data()},
-              features, inputs.data(), hidden.data());
+              features, inputs.data(), hidden.data(), team);
   return hidden;
 }
 
-// max_count 1: steps, at most kFewRows new tokens in all. More: prompts, each of more tokens than that.
-void test_batches_equal_single_sequences(std::int64_t min_count, std::int64_t max_count) {
+// As GOMP_parallel.
+void start_threads(void (*function)(void*), void* data, unsigned num_threads, unsigned) {
+  std::vector<std::thread> others;
+  for (unsigned n = 1; n < num_threads; ++n) {
+    others.emplace_back(function, data);
+  }
+  function(data);
+  for (std::thread& other : others) {
+    other.join();
+  }
+}
+
+// max_count 1: steps. More: prompts. With a large shape there is enough to do for several threads.
+void test_batches_equal_single_sequences(int num_rounds, std::int64_t max_count, std::int64_t scale = 1) {
   std::mt19937 random(0);
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < num_rounds; ++round) {
     const auto draw = [&](std::int64_t low, std::int64_t high) {
       return low + static_cast<std::int64_t>(random() % static_cast<std::uint32_t>(high - low + 1));
     };
     const std::int64_t groups = draw(1, 3), num_layers = draw(1, 3), batch = draw(1, 7), num_features = draw(0, 3);
-    const vitalrt::DecoderShape shape{draw(1, 40), groups * draw(1, 3), groups, 2 * draw(1, 11), draw(1, 50), 1e-6f};
-    const Decoder decoder(random, shape, num_layers);
+    const vitalrt::DecoderShape shape{scale * draw(1, 40), groups * draw(1, 3), groups, 2 * draw(1, 11),
+                                      scale * draw(1, 50), 1e-6f};
+    const Decoder decoder(random, shape, num_layers, round % 2 == 1);
     const std::int64_t row_length = draw(max_count, max_count + 8), num_slots = batch * row_length;
     // Sequence b owns the slots that leave the rest b when divided by the batch size: no two neighbours.
     std::vector<Part> parts;
@@ -125,7 +149,7 @@ void test_batches_equal_single_sequences(std::int64_t min_count, std::int64_t ma
       for (std::int64_t t = 0; t < row_length; ++t) {
         part.slots.push_back(t * batch + b);
       }
-      part.count = draw(min_count, max_count);
+      part.count = draw(1, max_count);
       part.length = draw(0, row_length - part.count);
       for (std::int64_t t = 0; t < part.count; ++t) {
         if (draw(0, 2) == 0) {
@@ -146,13 +170,13 @@ void test_batches_equal_single_sequences(std::int64_t min_count, std::int64_t ma
     Floats k = random_floats(random, size), v = random_floats(random, size), k_single = k, v_single = v;
 
     const auto width = static_cast<std::size_t>(shape.hidden_size);
-    const Floats hidden = run(decoder.over(k, v, num_slots), parts, width);
+    const vitalrt::Team team{start_threads, static_cast<std::size_t>(draw(1, 5))};
+    const Floats hidden = run(decoder.over(k, v, num_slots), parts, width, team);
     const vitalrt::CpuDecoder single = decoder.over(k_single, v_single, num_slots);
     for (std::size_t b = 0; b < parts.size(); ++b) {
       const Floats row = run(single, {parts[b]}, width);
       for (std::size_t i = 0; i < width; ++i) {
         require(std::isfinite(row[i]), "finite inputs give finite results");
-        // The last layer multiplies one row per sequence, few in any batch, unless deepstack keeps all rows there.
         require(hidden[b * width + i] == row[i], "a sequence does not depend on others");
       }
     }
@@ -162,7 +186,7 @@ void test_batches_equal_single_sequences(std::int64_t min_count, std::int64_t ma
 
 void test_errors_touch_nothing() {
   std::mt19937 random(1);
-  const Decoder weights(random, {8, 2, 1, 4, 8, 1e-6f}, 1);
+  const Decoder weights(random, {8, 2, 1, 4, 8, 1e-6f}, 1, false);
   Floats k(12, 1.0f), v(12, 1.0f), hidden(8, 5.0f);
   const Floats inputs(16, 1.0f), before = k;
   const vitalrt::CpuDecoder decoder = weights.over(k, v, 3);
@@ -191,8 +215,9 @@ void test_errors_touch_nothing() {
 }  // namespace
 
 int main() {
-  test_batches_equal_single_sequences(1, 1);
-  test_batches_equal_single_sequences(9, 30);
+  test_batches_equal_single_sequences(60, 1);
+  test_batches_equal_single_sequences(60, 30);
+  test_batches_equal_single_sequences(10, 30, 8);
   test_errors_touch_nothing();
   return 0;
 }

@@ -7,15 +7,18 @@ import random
 import pytest
 import torch
 
+import vitalrt
 from vitalrt import _core
 from vitalrt.describe import describe_model
-from vitalrt.engine import cpu_decoder
+from vitalrt.engine import cpu_decoder, torch_threads
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
 from vitalrt.engine.image_encoder import images_of
 from vitalrt.engine.request import Decoding
+from vitalrt.engine.scheduler import Engine
 from vitalrt.engine.sequence import Sequence
 from vitalrt.engine.step import Chunk, RunningBatch, prefill
+from vitalrt.engine.torch_threads import parallel_address
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.rope import mrope_positions
 
@@ -132,7 +135,7 @@ def test_random_prompts(make_tiny, seed: int) -> None:
 def test_a_row_does_not_depend_on_the_others(make_tiny, seed: int) -> None:
     """To the last bit: the batch only shares the reading of weights."""
     tiny = make_tiny(seed, random_shape=True)
-    engine, lengths = tiny.model.engine, [5, 40, 1, 16, 23, 2, 33]
+    engine, lengths = tiny.model.engine, [5, 40, 1, 16, 23, 2, 33, 8, 9, 11, 30]
     sequences = scattered(tiny, engine.cache, lengths, seed)
     fill(engine.cache, sequences, seed)
     inputs = torch.randn(len(lengths), engine.model.config.decoder.hidden_size)
@@ -144,6 +147,59 @@ def test_a_row_does_not_depend_on_the_others(make_tiny, seed: int) -> None:
     together = step(slice(None))
     for row in range(len(lengths)):
         assert torch.equal(step(slice(row, row + 1))[0], together[row])
+
+
+@torch.inference_mode()
+def test_weights_that_bf16_cannot_hold(make_tiny) -> None:
+    """The core keeps matrices in bf16 where that changes nothing, and only there: one number in each decides."""
+    tiny = make_tiny(600, random_shape=True)
+    for weights in tiny.model.weights.decoder.layers.parameters():
+        weights.copy_(weights.bfloat16())
+        weights.flatten()[-1] += 2**-20
+    engine = Engine(tiny.model.weights, tiny.model.engine.config, tiny.stop_ids)
+    results = []
+    for step in (engine.cpu_decoder, None):
+        sequences = scattered(tiny, engine.cache, [20, 3], seed=0)
+        fill(engine.cache, sequences, seed=0)
+        inputs = torch.randn(2, engine.model.config.decoder.hidden_size, generator=torch.manual_seed(0))
+        batch = RunningBatch(sequences, inputs)
+        batch.step(engine.model, engine.cache, batch.hidden, step)
+        results.append(batch.hidden)
+    assert_close(*results)
+
+
+def test_torchs_threads_change_nothing(monkeypatch) -> None:
+    """To the last bit, in prompts and in steps."""
+    model = vitalrt.load(device="cpu", cache_tokens=1024, prefix_cache=False)
+    draw = random.Random(0)
+    prompts = [vitalrt.Prompt([draw.randrange(600) for _ in range(draw.randint(1, 60))]) for _ in range(12)]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert parallel_address()
+        together = model.run(prompts, k=2, max_new_tokens=3)
+        monkeypatch.setattr(cpu_decoder, "parallel_address", lambda: 0)
+        alone = model.run(prompts, k=2, max_new_tokens=3)
+    finally:
+        torch.set_num_threads(before)
+    for answer, expected in zip(together, alone, strict=True):
+        assert answer.token_ids == expected.token_ids
+        assert torch.equal(answer.latents, expected.latents)
+
+
+def test_threads_that_are_not_found(monkeypatch, tmp_path) -> None:
+    """Without /proc, without OpenMP, or with several that are none of torch's, the core does with one thread."""
+    line = "7f00-7f01 r-xp 00000000 00:00 0    {}\n"
+    cases = [
+        "",
+        line.format("/usr/lib/libcompute.so"),
+        "".join(map(line.format, ("/a/libgomp.so.1", "/b/libiomp5.so"))),
+    ]
+    monkeypatch.setattr(torch_threads, "MAPS", maps := tmp_path / "maps")
+    assert parallel_address.__wrapped__() == 0
+    for text in [*cases, line.format("/nowhere/libgomp.so.1")]:
+        maps.write_text(text)
+        assert parallel_address.__wrapped__() == 0
 
 
 @torch.inference_mode()

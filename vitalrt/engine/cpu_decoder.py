@@ -11,20 +11,21 @@ import torch
 
 from vitalrt._core import CpuDecoder as NativeDecoder
 from vitalrt.engine.cache import PagedCache
+from vitalrt.engine.torch_threads import parallel_address
 from vitalrt.model.decoder import Decoder, DecoderLayer
 
-# Up to here the core's one thread is done before torch has so much as called its operations, whatever its threads would
-# then gain: a layer of 0.94 Mi weights takes the core 0.4 ms for one sequence and 0.9 ms for eight, where torch spends
-# 0.5 and 0.9 ms on a layer of next to nothing (AMD EPYC, one core of a busy machine).
+# Up to here the core is done before torch has so much as called its operations, whatever its threads would then gain:
+# a layer of 0.44 Mi weights takes it 0.05 ms for one sequence and 0.15 ms for sixteen, torch 0.24 and 0.57 ms (a step
+# of the bundled model, two cores of an Intel Xeon with AVX-512).
 MAX_LAYER_WEIGHTS = 1 << 20
-# The same for many tokens at once, of prompts or of running sequences, which keep the core computing, at 45 products a
-# nanosecond: 0.7 ms a layer. A step of 64 sequences of the bundled model, 25 million products a layer, takes it 5.3 ms
-# and torch 8.9; of 16 sequences 1.9 and 4.9 ms (the least of 60 in turns, same machine, one thread).
+# The same for the new tokens of a sequence: within a sequence nothing is shared out, and for long prompts torch's
+# attention is the faster one. 50 tokens of the bundled model take the core 2.0 ms and torch 2.6, 100 take 4.0 and 3.4;
+# sixteen sequences of 50 tokens 13.2 and 14.8 (same machine).
 MAX_LAYER_PRODUCTS = 1 << 25
 
 
 def why_not_cpu_decoder(decoder: Decoder) -> str | None:
-    """None if small batches of this decoder run in C++, else what keeps them in torch, for people."""
+    """None if this decoder runs in C++, else what keeps it in torch, for people."""
     weight = decoder.embed.weight
     if weight.device.type != "cpu":
         return f"the model is on {weight.device.type}"
@@ -37,9 +38,9 @@ def why_not_cpu_decoder(decoder: Decoder) -> str | None:
 
 
 class CpuDecoder:
-    """Prefill and step in C++. Holds on to the weights and the cache that the core points at.
+    """Prefill and step in C++, on torch's threads. The core has copies of the matrices, and points at norms and cache.
 
-    max_tokens: up to how many new tokens, of all sequences, it is faster than torch.
+    max_tokens: up to how many new tokens of a sequence it is faster than torch. A step it always is.
     """
 
     def __init__(self, decoder: Decoder, cache: PagedCache) -> None:
@@ -98,6 +99,8 @@ class CpuDecoder:
             num_image_rows,
             image_address,
             [features.data_ptr() for features in deepstack],
+            parallel_address(),
+            torch.get_num_threads(),
         )
         return hidden
 

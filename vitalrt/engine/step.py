@@ -66,14 +66,14 @@ def prefill(
 ) -> torch.Tensor:
     """Feed each chunk to its sequence, packed without padding, and append its keys and values to the cache.
 
-    cpu_decoder: takes the torch decoder's place while the chunks are short; device_prefill, for one that begins anew.
+    cpu_decoder: takes the torch decoder's place where no chunk is long; device_prefill, for one that begins anew.
     Returns [B, d]: the hidden state of each chunk's last token after the final norm. At the end of a prompt that is z_0
     (VITAL section 3.1).
     """
     device = cache.k.device
     inputs = _inputs(model, chunks, encoder, device)
     counts = [chunk.count for chunk in chunks]
-    if cpu_decoder is not None and sum(counts) <= cpu_decoder.max_tokens:
+    if cpu_decoder is not None and max(counts) <= cpu_decoder.max_tokens:
         done = torch.tensor([chunk.start for chunk in chunks])
         rows = _slot_rows([chunk.sequence for chunk in chunks], device)
         hidden = cpu_decoder(
@@ -233,9 +233,9 @@ class RunningBatch:
         """Feed one embedding per sequence, append its keys and values to the cache in place, and renew hidden.
 
         inputs: [B, d]: z_{k-1} for a latent step, embed(token) for an answer step. One pass serves both phases.
-        cpu_decoder: takes the torch decoder's place while the batch is small.
+        cpu_decoder: takes the torch decoder's place.
         """
-        if cpu_decoder is not None and len(self.sequences) <= cpu_decoder.max_tokens:
+        if cpu_decoder is not None:
             self.hidden = cpu_decoder(inputs, self.slots, self.lengths, self._one_each, self.positions[None])
         else:
             self.hidden = self._step_in_torch(model, cache, inputs)
