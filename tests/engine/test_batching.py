@@ -23,7 +23,8 @@ def assert_equal_answers(got: vitalrt.Answer, alone: vitalrt.Answer) -> None:
     assert got.token_ids == alone.token_ids
     assert got.finish_reason == alone.finish_reason
     assert replace(got.usage, cached_tokens=0) == replace(alone.usage, cached_tokens=0)
-    torch.testing.assert_close(got.latents, alone.latents, atol=1e-5, rtol=1e-5)
+    # A step of a random model makes the rounding of the one before larger: in eight of them from 2e-6 to 1.5e-5.
+    torch.testing.assert_close(got.latents, alone.latents, atol=5e-5, rtol=5e-5)
 
 
 @pytest.fixture(scope="module")
