@@ -82,6 +82,24 @@ class TestAnswers:
         for request, answer in zip(requests, answers, strict=True):
             assert answer.token_ids == model.generate(request.image, request.question, request.k).token_ids
 
+    def test_an_image_is_resized_when_the_tower_must_look(self, talker, monkeypatch) -> None:
+        resized = []
+        patchify = processor.patchify
+        monkeypatch.setattr(processor, "patchify", lambda *of: resized.append(of) or patchify(*of))
+        model = talker.load(cache_tokens=256)
+
+        def ask(question: str, salt: str | None = None) -> vitalrt.Answer:
+            return model.generate(PICTURES[0], question, k=1, max_new_tokens=3, terms=vitalrt.Terms(cache_salt=salt))
+
+        first = ask("What?")
+        assert ask("What?").token_ids == first.token_ids and len(resized) == 1
+        assert "".join(model.stream(PICTURES[0], "What?", k=1, max_new_tokens=3)) == first.text and len(resized) == 1
+        assert ask("What?", "a tenant's").token_ids == first.token_ids and len(resized) == 2
+        assert model.prepare(PICTURES[0], "What?").pixel_values is not None and len(resized) == 3
+        # It was kept when the request came, and is gone with all its pages when it is looked at.
+        monkeypatch.setattr(model.engine.encoder, "knows", lambda key: True)
+        assert ask("What?", "another's").token_ids == first.token_ids and len(resized) == 4
+
     def test_the_first_picture_that_cannot_be_read_is_named(self, model, tmp_path) -> None:
         paths = [tmp_path / f"{name}.png" for name in ("one", "other")]
         requests = [vitalrt.Request(image, "What?") for image in (PICTURES[0], *paths)]

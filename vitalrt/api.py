@@ -22,11 +22,12 @@ from vitalrt.errors import VitalError
 from vitalrt.export.runtime import OnnxEngine, open_engine
 from vitalrt.export.sessions import MANIFEST
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.processor import Picture, Processor
-from vitalrt.inputs.prompt import Prompt
+from vitalrt.inputs.processor import Processor
+from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
 
 BUNDLED = Path(__file__).parent / "assets" / "phantom"
+WORTH_A_THREAD_S = 0.002  # what reading a picture takes; below, threads wait for each other more than they do
 REPLACEMENT = "\ufffd"  # how a tokenizer shows the bytes of an unfinished UTF-8 character
 
 
@@ -100,8 +101,8 @@ class Model:
         Closing the iterator cancels the request and frees its cache at once.
         """
         read, terms = read or ReadOptions(), terms or Terms()
-        decoding = self._decoding(Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed))
-        return self._pieces(self.prepare(image, question, read), decoding, terms)
+        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read, terms)
+        return self._pieces(self._prepare_all([request])[0], self._decoding(request), terms)
 
     def prepare(self, image: Any, question: str, read: ReadOptions | None = None) -> Prompt:
         """Read, resize and tokenize: what run() takes."""
@@ -138,19 +139,30 @@ class Model:
         for key, request in zip(keys, requests, strict=True):
             first.setdefault(key, request)
 
-        def look_at(request: Request) -> tuple[list[Picture], float]:
-            started = time.perf_counter()
-            return self.processor.look_at(request.image, request.read), time.perf_counter() - started
-
-        with ThreadPoolExecutor(os.cpu_count()) as threads:
-            look = map if len(first) == 1 else threads.map  # a thread that is not asked to does not start
-            seen = dict(zip(first, look(look_at, first.values()), strict=True))
+        seen = dict(zip(first, self._look_at_all(list(first.values())), strict=True))
         prompts = []
         for key, request in zip(keys, requests, strict=True):
             pictures, seconds = seen[key]
             prompts.append(self.processor.ask_about(pictures, request.question, time.perf_counter() - seconds))
             seen[key] = pictures, 0.0
         return prompts
+
+    def _look_at_all(self, requests: Sequence[Request]) -> list[tuple[list[Picture], float]]:
+        """Each one's pictures and the seconds they took; side by side from the first on that is worth a thread."""
+
+        def look_at(request: Request) -> tuple[list[Picture], float]:
+            started = time.perf_counter()
+            pictures = self.processor.look_at(request.image, request.read)
+            self.engine.make_patches(pictures, request.terms.cache_salt)
+            return pictures, time.perf_counter() - started
+
+        seen: list[tuple[list[Picture], float]] = []
+        while len(seen) < len(requests) and (not seen or seen[-1][1] < WORTH_A_THREAD_S):
+            seen.append(look_at(requests[len(seen)]))
+        if len(seen) < len(requests):
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                seen += threads.map(look_at, requests[len(seen) :])
+        return seen
 
     def _decoding(self, request: Request) -> Decoding:
         k = self.checkpoint.vital.k if request.k is None else request.k

@@ -69,6 +69,9 @@ class FeatureCacheMachine(RuleBasedStateMachine):
         assert statistics.num_images == len(self.kept)
         assert (statistics.hits, statistics.misses) == (self.hits, self.misses)
         assert statistics.evictions == self.evictions
+        assert [key for key in KEYS if key in self.cache] == [
+            key for key in KEYS if any(key == one[0] for one in self.kept)
+        ]
 
 
 TestFeatureCache = FeatureCacheMachine.TestCase

@@ -31,12 +31,12 @@ def test_features_are_those_of_the_image_alone(tiny, prompts, monkeypatch, max_p
     encoder = ImageEncoder(tower, max_bytes=0)
     with torch.inference_mode():
         encoder.encode(images)
-        largest = max(len(image.pixels) for image in images)
+        largest = max(image.picture.num_patches for image in images)
         assert max(sizes) <= max(max_patches, largest)
-        assert sum(sizes) == sum(len(image.pixels) for image in images)
+        assert sum(sizes) == sum(image.picture.num_patches for image in images)
         assert len(sizes) == {1: 6, 10_000: 1}.get(max_patches, len(sizes))
         for image in images:
-            tokens, deepstack = forward(image.pixels, [image.grid])
+            tokens, deepstack = forward(image.picture.patches, [image.picture.grid])
             for found, expected in zip(
                 (image.features.tokens, *image.features.deepstack), (tokens, *deepstack), strict=True
             ):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitalrt import InputError, Prompt
+from vitalrt.inputs.prompt import Picture
 
 PIXELS = torch.arange(8 * 6, dtype=torch.float32).reshape(8, 6)
 GRID = torch.tensor([[1, 2, 2], [1, 1, 4]])
@@ -93,3 +94,15 @@ def test_a_digest_tells_the_grid_and_the_precision() -> None:
     pixels = PIXELS[:4]
     forms = [(pixels, [[1, 2, 2]]), (pixels, [[1, 1, 4]]), (pixels, [[1, 4, 1]]), (pixels.half(), [[1, 2, 2]])]
     assert len({Prompt([1], pixels, torch.tensor(grid)).digests for pixels, grid in forms}) == 4
+
+
+def test_patches_are_made_once_and_when_they_are_needed() -> None:
+    made = []
+    picture = Picture((1, 2, 2), 6, b"digest", lambda: made.append(1) or PIXELS[:4])
+    prompt = Prompt.of_pictures([1], [picture], preprocess_ms=3.0)
+    assert prompt.digests == (b"digest",) and prompt.grids() == [(1, 2, 2)] and prompt.preprocess_ms == 3.0
+    assert prompt.image_grid_thw is not None and prompt.image_grid_thw.tolist() == [[1, 2, 2]]
+    assert not made
+    for _ in range(2):
+        assert prompt.pixel_values is not None and torch.equal(prompt.pixel_values, PIXELS[:4])
+    assert made == [1]

@@ -235,7 +235,7 @@ def test_an_error_of_our_own_is_a_500_that_tells_nothing(running, monkeypatch, c
         raise RuntimeError(SECRET)
 
     with monkeypatch.context() as patch, caplog.at_level(logging.DEBUG):
-        patch.setattr("vitalrt.inputs.processor.patchify", fail)
+        patch.setattr("vitalrt.inputs.processor.fit_size", fail)
         require_shape(running.post(), 500)
     assert "RuntimeError" in caplog.text
     assert SECRET not in caplog.text

@@ -182,7 +182,7 @@ def test_null_means_default(running):
 
 def test_a_turn_with_its_image_first_is_the_prompt_of_prepare(running, phantom):
     reader = ImageReader(Fetcher((), 1), 1 << 24)
-    maker = PromptMaker(phantom.processor, reader, ServeConfig())
+    maker = PromptMaker(phantom, reader, ServeConfig())
     asked = ChatRequest.model_validate({"model": "phantom", "messages": running.messages()})
     ours, own = maker.make(asked), phantom.prepare(DEMO, QUESTION)
     assert ours.input_ids.tolist() == own.input_ids.tolist()
@@ -195,7 +195,7 @@ def test_an_image_may_stand_between_texts(running, phantom):
     [turn] = running.messages()
     image, text = turn["content"]
     asked = {"model": "phantom", "messages": [{"role": "user", "content": [text, image, text]}]}
-    maker = PromptMaker(phantom.processor, ImageReader(Fetcher((), 1), 1 << 24), ServeConfig())
+    maker = PromptMaker(phantom, ImageReader(Fetcher((), 1), 1 << 24), ServeConfig())
     prompt = maker.make(ChatRequest.model_validate(asked))
     shown = phantom.processor.tokenizer.decode(prompt.input_ids)
     assert shown.count(QUESTION) == 2

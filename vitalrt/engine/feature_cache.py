@@ -52,6 +52,11 @@ class FeatureCache:
         self._num_bytes = self._hits = self._misses = self._evictions = 0
         self._lock = threading.Lock()
 
+    def __contains__(self, key: bytes) -> bool:
+        """Neither a hit nor a miss, and no use of it."""
+        with self._lock:
+            return key in self._kept
+
     def get(self, key: bytes) -> VisionFeatures | None:
         """key: the image's digest (Prompt.digests), which covers pixels, grid and preprocessing."""
         with self._lock:

@@ -24,15 +24,14 @@ def images_of(prompt: Prompt, namespace: bytes, image_token_id: int) -> list[Ima
 
     namespace: whoever has another one shares no features.
     """
-    if prompt.pixel_values is None:
+    if not prompt.pictures:
         return []
-    grids = prompt.grids()
     places = (prompt.input_ids == image_token_id).nonzero().flatten()
-    patches = prompt.pixel_values.split([t * h * w for t, h, w in grids])
+    num_patches = sum(picture.num_patches for picture in prompt.pictures)
     images, taken = [], 0
-    for digest, pixels, grid in zip(prompt.digests, patches, grids, strict=True):
-        start, count = int(places[taken]), len(pixels) * len(places) // len(prompt.pixel_values)
-        images.append(Image(namespace + digest, pixels, grid, start, start + count))
+    for picture in prompt.pictures:
+        start, count = int(places[taken]), picture.num_patches * len(places) // num_patches
+        images.append(Image(namespace + picture.digest, picture, start, start + count))
         taken += count
     return images
 
@@ -49,6 +48,10 @@ class ImageEncoder:
         self._device = tower.patch_embed.weight.device
         self._cpu_patches = CPU_BYTES // (tower.config.intermediate_size * tower.patch_embed.weight.itemsize)
 
+    def knows(self, key: bytes) -> bool:
+        """Whether the features of this image are kept, at this moment."""
+        return key in self.cache
+
     def encode(self, images: Iterable[Image]) -> None:
         """Give every image its features; all that the cache does not have go through the tower together."""
         missing: dict[bytes, list[Image]] = {}
@@ -58,7 +61,7 @@ class ImageEncoder:
             if image.features is None:
                 missing.setdefault(image.key, []).append(image)
         # Images of one size stand together: attention takes them in one call.
-        images = sorted((same[0] for same in missing.values()), key=lambda image: image.grid)
+        images = sorted((same[0] for same in missing.values()), key=lambda image: image.picture.grid)
         for group in self._groups(images):
             for first, features in zip(group, self._encode(group), strict=True):
                 self.cache.put(first.key, features)
@@ -70,7 +73,7 @@ class ImageEncoder:
         most = sys.maxsize if self._device.type == "cuda" else self._cpu_patches
         group: list[Image] = []
         for image in images:
-            if group and sum(len(one.pixels) for one in (*group, image)) > most:
+            if group and sum(one.picture.num_patches for one in (*group, image)) > most:
                 yield group
                 group = []
             group.append(image)
@@ -79,12 +82,11 @@ class ImageEncoder:
 
     def _encode(self, images: list[Image]) -> list[VisionFeatures]:
         device = self._device
+        patches, grids = [image.picture.patches for image in images], [image.picture.grid for image in images]
         if device.type == "cuda" and len(images) == 1:  # sizes come again and again, combinations do not
-            captured = self._captured(images[0].pixels, [images[0].grid])
-            tokens, *deepstack = (level.clone() for level in captured)
+            tokens, *deepstack = (level.clone() for level in self._captured(patches[0], grids))
         else:
-            pixels = torch.cat([image.pixels for image in images]).to(device)
-            tokens, deepstack = self._tower(pixels, [image.grid for image in images])
+            tokens, deepstack = self._tower(torch.cat(patches).to(device), grids)
         self.num_encoded += len(images)
         counts = [image.stop - image.start for image in images]
         by_image = zip(*(level.split(counts) for level in (tokens, *deepstack)), strict=True)

@@ -15,6 +15,7 @@ from vitalrt.engine.cpu_decoder import CpuDecoder, why_not_cpu_decoder
 from vitalrt.engine.device_prefill import DevicePrefill
 from vitalrt.engine.device_step import DeviceStep, StepWeights, why_not_device_step
 from vitalrt.engine.graphs import StepGraphs
+from vitalrt.engine.host_memory import keep_freed_memory
 from vitalrt.engine.image_encoder import ImageEncoder, images_of
 from vitalrt.engine.look_ahead import LookAhead
 from vitalrt.engine.prefix_cache import PrefixKey, namespace_digest
@@ -23,8 +24,7 @@ from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Rank, Sequence
 from vitalrt.engine.step import Chunk, RunningBatch, prefill
 from vitalrt.engine.waiting import WaitingLine
-from vitalrt.errors import InputError
-from vitalrt.inputs.prompt import Prompt
+from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model.rope import mrope_positions
 
@@ -63,6 +63,8 @@ class Engine:
         self.config = config
         self.stop_ids = frozenset(stop_ids)
         weight = model.decoder.embed.weight
+        if weight.device.type == "cpu":
+            keep_freed_memory()
         self.cache = PagedCache(model.config.decoder, config, weight.device, weight.dtype)
         self.encoder = ImageEncoder(model.vision, config.vision_cache_bytes if config.prefix_cache else 0)
         runs_in_core = why_not_cpu_decoder(model.decoder) is None
@@ -85,14 +87,18 @@ class Engine:
         self._num_preemptions = self._prompt_tokens = self._cached_tokens = 0
         self._lock = threading.RLock()
 
+    def make_patches(self, pictures: Iterable[Picture], cache_salt: str | None = None) -> None:
+        """Of pictures that are about to be asked about, in the caller's thread; not where their features are kept."""
+        for picture in pictures:
+            if not self.encoder.knows(_namespace(cache_salt) + picture.digest):
+                picture.make_patches()
+
     def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done."""
         terms = terms or Terms()
         config = self.model.config
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), config)
-        patch_dim = config.vision.patch_dim
-        if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_dim:
-            raise InputError(f"pixel_values: expected [patches, {patch_dim}], got {list(prompt.pixel_values.shape)}")
+        prompt.require_patches_of(config.vision.patch_dim)
         namespace = _namespace(terms.cache_salt)
         images = images_of(prompt, namespace, config.image_token_id)
         key = None

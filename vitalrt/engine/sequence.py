@@ -18,7 +18,7 @@ from vitalrt.engine.feature_cache import VisionFeatures
 from vitalrt.engine.prefix_cache import PrefixKey
 from vitalrt.engine.request import Decoding, Terms, Timings
 from vitalrt.engine.sampling import new_generator
-from vitalrt.inputs.prompt import Prompt
+from vitalrt.inputs.prompt import Picture, Prompt
 
 _arrivals = itertools.count()
 
@@ -37,8 +37,8 @@ class Image:
     features: kept from when the tower has run until the prompt is in the cache.
     """
 
-    def __init__(self, key: bytes, pixels: torch.Tensor, grid: tuple[int, int, int], start: int, stop: int) -> None:
-        self.key, self.pixels, self.grid, self.start, self.stop = key, pixels, grid, start, stop
+    def __init__(self, key: bytes, picture: Picture, start: int, stop: int) -> None:
+        self.key, self.picture, self.start, self.stop = key, picture, start, stop
         self.features: VisionFeatures | None = None
 
 

@@ -6,7 +6,7 @@ B rows of the batch, T longest prompt, S cache capacity, K latent steps, d width
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Sequence
 from vitalrt.engine.waiting import WaitingLine
-from vitalrt.errors import CapacityError, CheckpointError, InputError
+from vitalrt.errors import CapacityError, CheckpointError
 from vitalrt.export.sessions import Cache, Sessions
-from vitalrt.inputs.prompt import Prompt
+from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.rope import mrope_positions
 
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -68,13 +68,16 @@ class OnnxEngine:
         self._logits = np.empty((0, 0), np.float32)
         self._lock = threading.RLock()
 
+    def make_patches(self, pictures: Iterable[Picture], cache_salt: str | None = None) -> None:
+        """As Engine.make_patches; here no features are kept."""
+        for picture in pictures:
+            picture.make_patches()
+
     def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done."""
         config = self.sessions.config
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), config)
-        patch_dim = config.vision.patch_dim
-        if prompt.pixel_values is not None and prompt.pixel_values.shape[1] != patch_dim:
-            raise InputError(f"pixel_values: expected [patches, {patch_dim}], got {list(prompt.pixel_values.shape)}")
+        prompt.require_patches_of(config.vision.patch_dim)
         sequence = Sequence(prompt, positions, next_position, decoding, terms)
         if sequence.capacity >= self.cache_tokens:
             raise CapacityError(
@@ -159,11 +162,9 @@ class OnnxEngine:
         width, num_levels = config.decoder.hidden_size, len(config.vision.deepstack_visual_indexes)
         features, deepstack = [np.empty((0, width), np.float32)], [np.empty((num_levels, 0, width), np.float32)]
         for prompt in prompts:
-            if prompt.pixel_values is None:
-                continue
-            sizes = [t * h * w for t, h, w in prompt.grids()]
-            for (t, h, w), pixels in zip(prompt.grids(), prompt.pixel_values.float().split(sizes), strict=True):
-                seen, levels = self.sessions.see(pixels.reshape(t, h * w, -1).numpy(), (h, w))
+            for picture in prompt.pictures:
+                t, h, w = picture.grid
+                seen, levels = self.sessions.see(picture.patches.float().reshape(t, h * w, -1).numpy(), (h, w))
                 features.append(seen)
                 deepstack.append(levels)
         return np.concatenate(features), np.concatenate(deepstack, axis=1)

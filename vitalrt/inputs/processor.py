@@ -9,15 +9,15 @@ H, W pixels; T tokens; P patches.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from PIL import Image
 
 from vitalrt.errors import CheckpointError, InputError
 from vitalrt.inputs.image import ReadOptions, read_image
-from vitalrt.inputs.prompt import Prompt
+from vitalrt.inputs.prompt import Grid, Picture, Prompt
 
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT_RATIO = 200
@@ -42,6 +42,10 @@ class PatchOptions:
     max_pixels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def patch_dim(self) -> int:
+        return 3 * self.temporal_patch_size * self.patch_size**2
 
     @classmethod
     def from_directory(cls, directory: Path) -> PatchOptions:
@@ -85,11 +89,11 @@ def fit_size(height: int, width: int, options: PatchOptions) -> tuple[int, int]:
     return fitted_height, fitted_width
 
 
-def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, tuple[int, int, int]]:
+def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, Grid]:
     """Resize, normalise and cut one picture.
 
-    pixels: uint8 [H, W, 3].  Returns float32 [P, 3 * temporal * patch * patch], patches in merge-block order (the
-    merge x merge patches of one visual token are neighbours), and the grid (1, H / patch, W / patch).
+    pixels: uint8 [H, W, 3].  Returns float32 [P, patch_dim], patches in merge-block order (the merge x merge patches of
+    one visual token are neighbours), and the grid (1, H / patch, W / patch).
     """
     height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
@@ -101,14 +105,6 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, tup
     values *= np.asarray([1 / (255 * std) for std in options.std], np.float32)[:, None, None]
     values -= np.asarray([m / std for m, std in zip(options.mean, options.std, strict=True)], np.float32)[:, None, None]
     return values.repeat(options.temporal_patch_size, axis=2).reshape(len(values), -1), (1, grid_h, grid_w)
-
-
-class Picture(NamedTuple):
-    """patches: float32 [P, patch_dim].  grid: (1, rows, columns) of patches.  digest: of pixels and preprocessing."""
-
-    patches: np.ndarray
-    grid: tuple[int, int, int]
-    digest: bytes
 
 
 class Processor:
@@ -128,25 +124,28 @@ class Processor:
         self.chat_template = _chat_template(directory, self.tokenizer)
         self.image_token_id = cast(int, self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
-    @functools.cached_property
+    @cached_property
     def patch_options(self) -> PatchOptions:
         """Read when the first picture comes: text alone does not need them."""
         return PatchOptions.from_directory(self.directory)
 
-    @functools.cached_property
+    @cached_property
     def _patch_options_digest(self) -> Any:
         return hashlib.sha256(json.dumps(asdict(self.patch_options)).encode())
 
     def prepare(self, image: Any, question: str, options: ReadOptions) -> Prompt:
         """image: anything read_image takes, a list of such, or None.  Raises InputError."""
         started = time.perf_counter()
-        return self.ask_about(self.look_at(image, options), question, started)
+        pictures = self.look_at(image, options)
+        for picture in pictures:
+            picture.make_patches()
+        return self.ask_about(pictures, question, started)
 
     def look_at(self, image: Any, options: ReadOptions) -> list[Picture]:
-        """Read and encode what prepare() calls image; one list of these serves any number of questions."""
+        """Read what prepare() calls image; one list of these serves any number of questions."""
         sources = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         return [
-            self.encode(read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image"))
+            self.picture(read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image"))
             for index, source in enumerate(sources)
         ]
 
@@ -156,27 +155,28 @@ class Processor:
             raise InputError(f"question: expected non-empty text, got {type(question).__name__}")
         return self.assemble(self.tokenize(question, [picture.grid for picture in pictures]), pictures, started)
 
-    def encode(self, pixels: np.ndarray) -> Picture:
-        """pixels: uint8 RGB [H, W, 3].  Raises InputError where its shape does not fit."""
-        return Picture(*patchify(pixels, self.patch_options), self._digest(pixels))
+    def picture(self, pixels: np.ndarray) -> Picture:
+        """pixels: uint8 RGB [H, W, 3], resized when the patches are needed.  Raises InputError where its shape does
+        not fit."""
+        options = self.patch_options
+        height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
+        grid = (1, height // options.patch_size, width // options.patch_size)
+
+        def make_patches() -> torch.Tensor:
+            return torch.from_numpy(patchify(pixels, options)[0])
+
+        return Picture(grid, options.patch_dim, self._digest(pixels), make_patches)
 
     def assemble(self, ids: list[int], pictures: Sequence[Picture], started: float) -> Prompt:
         """pictures: in the order of their tokens in ids.  started: when preprocessing began, of time.perf_counter."""
-        patches = [picture.patches for picture in pictures]
-        return Prompt(
-            ids,
-            torch.from_numpy(patches[0] if len(patches) == 1 else np.concatenate(patches)) if patches else None,
-            torch.tensor([picture.grid for picture in pictures]) if pictures else None,
-            digests=[picture.digest for picture in pictures],
-            preprocess_ms=(time.perf_counter() - started) * 1000,
-        )
+        return Prompt.of_pictures(ids, pictures, preprocess_ms=(time.perf_counter() - started) * 1000)
 
-    def tokenize(self, question: str, grids: Sequence[tuple[int, int, int]]) -> list[int]:
+    def tokenize(self, question: str, grids: Sequence[Grid]) -> list[int]:
         """Ids of one user turn (pictures first, then the question) up to where the answer begins."""
         content = [{"type": "image"} for _ in grids] + [{"type": "text", "text": question}]
         return self.tokenize_chat([{"role": "user", "content": content}], grids, name="question")
 
-    def tokenize_chat(self, turns: list[dict[str, Any]], grids: Sequence[tuple[int, int, int]], name: str) -> list[int]:
+    def tokenize_chat(self, turns: list[dict[str, Any]], grids: Sequence[Grid], name: str) -> list[int]:
         """Ids of turns, as chat templates take them, up to where the answer begins.  name: of the turns, for errors.
 
         Raises InputError where texts spell the token of a picture, jinja2's TemplateError where the template does not

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,24 +16,54 @@ import torch
 
 from vitalrt.errors import InputError
 
+Grid = tuple[int, int, int]
 
-@dataclass(frozen=True, eq=False)
+
+class Picture:
+    """One image of a prompt.
+
+    grid: its patches as (time, height, width).  patch_dim: values in each.  digest: SHA-256 by which it is known; two
+    images share one only if the vision tower would see the same input.
+    """
+
+    def __init__(
+        self, grid: Grid, patch_dim: int, digest: bytes, patches: torch.Tensor | Callable[[], torch.Tensor]
+    ) -> None:
+        """patches: float [P, patch_dim], or what makes them when they are first needed."""
+        self.grid, self.patch_dim, self.digest = grid, patch_dim, digest
+        self._patches = patches
+
+    @property
+    def num_patches(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def patches(self) -> torch.Tensor:
+        """[P, patch_dim]. Whoever finds the image's features by its digest need not ask for them."""
+        return self.make_patches()
+
+    def make_patches(self) -> torch.Tensor:
+        patches = self._patches
+        if not isinstance(patches, torch.Tensor):
+            patches = self._patches = patches()  # and what they were made from may go
+        return patches
+
+
+@dataclass(frozen=True, eq=False, init=False, repr=False)
 class Prompt:
     """Token ids and image patches of one sample, exactly as transformers' Qwen3-VL processor returns them.
 
     input_ids: [T] ints (list, array or tensor; a leading batch axis of 1 is accepted), image placeholders expanded.
     pixel_values: [P, patch_dim] float or None.  image_grid_thw: [I, 3] patches per image (time, height, width) or None.
     digests: one SHA-256 per image, of its decoded pixels and the preprocessing parameters; when not given, of its
-    patches and grid. Two images share a digest only if the vision tower would see the same input.
+    patches and grid.
     preprocess_ms: time spent on reading, resizing and tokenizing.
     Raises InputError on shapes that disagree.
     """
 
     input_ids: torch.Tensor
-    pixel_values: torch.Tensor | None = None
-    image_grid_thw: torch.Tensor | None = None
-    digests: tuple[bytes, ...] = ()
-    preprocess_ms: float = 0.0
+    pictures: tuple[Picture, ...]
+    preprocess_ms: float
 
     def __init__(
         self,
@@ -45,27 +75,45 @@ class Prompt:
         preprocess_ms: float = 0.0,
     ) -> None:
         ids = _token_ids(input_ids)
-        pixels, grid = _patches(pixel_values, image_grid_thw)
-        if digests is None:
-            digests = () if pixels is None or grid is None else _patch_digests(pixels, grid)
-        elif len(digests) != (0 if grid is None else len(grid)):
-            raise InputError(f"digests: expected one per image in image_grid_thw, got {len(digests)}")
-        for name, value in (
-            ("input_ids", ids),
-            ("pixel_values", pixels),
-            ("image_grid_thw", grid),
-            ("digests", tuple(digests)),
-            ("preprocess_ms", preprocess_ms),
-        ):
+        self._set(ids, _pictures(pixel_values, image_grid_thw, digests), preprocess_ms)
+
+    @classmethod
+    def of_pictures(cls, input_ids: Sequence[int], pictures: Sequence[Picture], preprocess_ms: float) -> Prompt:
+        """pictures: in the order of their placeholders; their patches need not have been made."""
+        prompt = cls.__new__(cls)
+        prompt._set(_token_ids(input_ids), tuple(pictures), preprocess_ms)
+        return prompt
+
+    def _set(self, ids: torch.Tensor, pictures: tuple[Picture, ...], preprocess_ms: float) -> None:
+        for name, value in (("input_ids", ids), ("pictures", pictures), ("preprocess_ms", preprocess_ms)):
             object.__setattr__(self, name, value)
 
     @property
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
-    def grids(self) -> list[tuple[int, int, int]]:
+    @property
+    def pixel_values(self) -> torch.Tensor | None:
+        patches = [picture.patches for picture in self.pictures]
+        return patches[0] if len(patches) == 1 else torch.cat(patches) if patches else None
+
+    @property
+    def image_grid_thw(self) -> torch.Tensor | None:
+        return torch.tensor(self.grids()) if self.pictures else None
+
+    @property
+    def digests(self) -> tuple[bytes, ...]:
+        return tuple(picture.digest for picture in self.pictures)
+
+    def grids(self) -> list[Grid]:
         """Patches per image as (time, height, width)."""
-        return [] if self.image_grid_thw is None else [(t, h, w) for t, h, w in self.image_grid_thw.tolist()]
+        return [picture.grid for picture in self.pictures]
+
+    def require_patches_of(self, patch_dim: int) -> None:
+        """Raises InputError where an image's patches are of another size than a model takes."""
+        if any(picture.patch_dim != patch_dim for picture in self.pictures):
+            came = [sum(picture.num_patches for picture in self.pictures), self.pictures[0].patch_dim]
+            raise InputError(f"pixel_values: expected [patches, {patch_dim}], got {came}")
 
 
 def _token_ids(input_ids: Any) -> torch.Tensor:
@@ -86,12 +134,22 @@ def _tensor(name: str, value: Any, expected: str) -> torch.Tensor:
         raise InputError(f"{name}: expected {expected}, got {type(value).__name__}") from error
 
 
-def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _pictures(pixel_values: Any, image_grid_thw: Any, digests: Sequence[bytes] | None) -> tuple[Picture, ...]:
     if (pixel_values is None) != (image_grid_thw is None):
         given = "pixel_values" if image_grid_thw is None else "image_grid_thw"
         raise InputError(f"pixel_values and image_grid_thw: expected both or neither, got only {given}")
-    if pixel_values is None:
-        return None, None
+    pixels, grids = (None, []) if pixel_values is None else _patches(pixel_values, image_grid_thw)
+    if digests is not None and len(digests) != len(grids):
+        raise InputError(f"digests: expected one per image in image_grid_thw, got {len(digests)}")
+    if pixels is None:
+        return ()
+    of_images = pixels.split([math.prod(grid) for grid in grids])
+    digests = digests or [_patch_digest(patches, grid) for patches, grid in zip(of_images, grids, strict=True)]
+    together = zip(grids, digests, of_images, strict=True)
+    return tuple(Picture(grid, pixels.shape[1], digest, patches) for grid, digest, patches in together)
+
+
+def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor, list[Grid]]:
     pixels = _tensor("pixel_values", pixel_values, "floats [patches, dim]")
     grid = _tensor("image_grid_thw", image_grid_thw, "integers [images, 3]").to("cpu", torch.int64)
     if pixels.ndim != 2 or not pixels.shape[1] or not pixels.is_floating_point():
@@ -106,7 +164,7 @@ def _patches(pixel_values: Any, image_grid_thw: Any) -> tuple[torch.Tensor | Non
         )
     if not all(math.isfinite(extreme) for extreme in _extremes(pixels)):  # NaN is either; no mask of all pixels
         raise InputError("pixel_values: expected finite numbers, got NaN or infinity")
-    return pixels, grid
+    return pixels, [(t, h, w) for t, h, w in grid.tolist()]
 
 
 def _extremes(pixels: torch.Tensor) -> tuple[Any, Any]:
@@ -117,10 +175,7 @@ def _extremes(pixels: torch.Tensor) -> tuple[Any, Any]:
     return values.min(), values.max()
 
 
-def _patch_digests(pixels: torch.Tensor, grid: torch.Tensor) -> list[bytes]:
-    digests = []
-    for image, thw in zip(pixels.split(grid.prod(-1).tolist()), grid, strict=True):
-        digest = hashlib.sha256(repr((thw.tolist(), str(image.dtype))).encode())
-        digest.update(image.cpu().contiguous().view(torch.uint8).numpy())
-        digests.append(digest.digest())
-    return digests
+def _patch_digest(patches: torch.Tensor, grid: Grid) -> bytes:
+    digest = hashlib.sha256(repr((list(grid), str(patches.dtype))).encode())
+    digest.update(patches.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()

@@ -58,7 +58,7 @@ def build_app(model: Model, config: ServeConfig, adapter: str | None = None) -> 
     metrics.watch(worker)
     images = ImageReader(Fetcher(config.image_origins, config.max_body_bytes), config.max_image_pixels)
     audit = _open_audit(model, config, catalog, adapter)
-    chat = Chat(model, config, catalog, worker, PromptMaker(model.processor, images, config), audit)
+    chat = Chat(model, config, catalog, worker, PromptMaker(model, images, config), audit)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -7,16 +7,14 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from vitalrt.api import Model
 from vitalrt.errors import InputError, VitalError
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.processor import Processor
-from vitalrt.inputs.prompt import Prompt
+from vitalrt.inputs.prompt import Grid, Prompt
 from vitalrt.serve.errors import bad_request
 from vitalrt.serve.images import ImageReader
 from vitalrt.serve.protocol import ChatRequest
 from vitalrt.serve.settings import ServeConfig
-
-Grid = tuple[int, int, int]
 
 
 class PromptMaker:
@@ -25,8 +23,8 @@ class PromptMaker:
     For one user turn with its images first this gives the very prompt of Model.prepare.
     """
 
-    def __init__(self, processor: Processor, images: ImageReader, config: ServeConfig) -> None:
-        self.processor = processor
+    def __init__(self, model: Model, images: ImageReader, config: ServeConfig) -> None:
+        self.engine, self.processor = model.engine, model.processor
         self.images = images
         self.config = config
 
@@ -39,13 +37,14 @@ class PromptMaker:
         for param, url in links:
             pixels = self.images.read(url, read, param)
             try:
-                pictures.append(self.processor.encode(pixels))
+                pictures.append(self.processor.picture(pixels))
             except InputError as error:
                 raise bad_request(f"{param}: {error}", param, "invalid_image") from None
         ids = self._tokenize(turns, [picture.grid for picture in pictures])
         if len(ids) > self.config.max_prompt_tokens:
             came = f"{len(ids)} tokens of text and images exceed this server's limit of {self.config.max_prompt_tokens}"
             raise bad_request(f"messages: {came}", "messages", "context_length_exceeded")
+        self.engine.make_patches(pictures, asked.vital.cache_salt)
         return self.processor.assemble(ids, pictures, started)
 
     def _turns(self, asked: ChatRequest) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
