@@ -21,14 +21,11 @@ using std::size_t;
 
 constexpr size_t kLanes = 8;
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef float LanesInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef std::int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
 
 // Lanes go to and from functions by reference only: how they would go by value depends on the processor.
-VITALRT_INLINE const LanesInMemory& load(const float* numbers) {
-  return *reinterpret_cast<const LanesInMemory*>(numbers);
-}
-VITALRT_INLINE void store(float* numbers, const Lanes& lanes) { *reinterpret_cast<LanesInMemory*>(numbers) = lanes; }
+VITALRT_INLINE void load(const float* numbers, Lanes& lanes) { std::memcpy(&lanes, numbers, sizeof lanes); }
+VITALRT_INLINE void store(float* numbers, const Lanes& lanes) { std::memcpy(numbers, &lanes, sizeof lanes); }
 
 VITALRT_INLINE float total(const Lanes& lanes) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
@@ -38,7 +35,10 @@ VITALRT_INLINE float dot_product(const float* a, const float* b, size_t width) {
   Lanes partial = {};
   size_t i = 0;
   for (; i + kLanes <= width; i += kLanes) {
-    partial += load(a + i) * load(b + i);
+    Lanes left, right;
+    load(a + i, left);
+    load(b + i, right);
+    partial += left * right;
   }
   float sum = total(partial);
   for (; i < width; ++i) {
@@ -121,7 +121,9 @@ void attend(const float* query, const float* keys, const float* values, const st
   float sum = 0.0f;
   size_t first = 0;
   for (; first + kLanes <= num_tokens; first += kLanes) {
-    Lanes lanes = load(scores + first) - highest;
+    Lanes lanes;
+    load(scores + first, lanes);
+    lanes -= highest;
     exponentiate(lanes);
     store(scores + first, lanes);
   }
@@ -149,7 +151,9 @@ void swiglu(const float* gate_up, size_t width, size_t num_rows, float* gated) {
   for (size_t row = 0; row < num_rows; ++row, gate_up += 2 * width, gated += width) {
     size_t i = 0;
     for (; i + kLanes <= width; i += kLanes) {
-      Lanes gate = load(gate_up + i), up = load(gate_up + width + i);
+      Lanes gate, up;
+      load(gate_up + i, gate);
+      load(gate_up + width + i, up);
       apply_gate(gate, up);
       store(gated + i, gate);
     }

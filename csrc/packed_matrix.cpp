@@ -14,8 +14,6 @@ constexpr size_t kLanes = 8;
 constexpr size_t kBlockRows = 2 * kLanes;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef float FloatsInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef std::uint32_t WordsInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
 // How many numbers a column of a block takes.
 constexpr size_t column_size(const float*) { return kBlockRows; }
@@ -24,12 +22,13 @@ constexpr size_t column_size(const std::uint32_t*) { return kLanes; }
 // A column's two registers. They go to and from functions by reference only: how they would go by value depends on the
 // processor.
 VITALRT_INLINE void load_column(const float* column, Floats (&weights)[2]) {
-  weights[0] = *reinterpret_cast<const FloatsInMemory*>(column);
-  weights[1] = *reinterpret_cast<const FloatsInMemory*>(column + kLanes);
+  std::memcpy(&weights[0], column, sizeof weights[0]);
+  std::memcpy(&weights[1], column + kLanes, sizeof weights[1]);
 }
 
 VITALRT_INLINE void load_column(const std::uint32_t* column, Floats (&weights)[2]) {
-  const Words words = *reinterpret_cast<const WordsInMemory*>(column);
+  Words words;
+  std::memcpy(&words, column, sizeof words);
   const Words first = words << 16, others = words & 0xffff0000u;
   std::memcpy(&weights[0], &first, sizeof first);
   std::memcpy(&weights[1], &others, sizeof others);
@@ -58,8 +57,12 @@ VITALRT_INLINE void multiply_tile(const T* blocks, size_t width, const float* in
       Floats& sum = sums[row][part / 2][part % 2];
       const size_t done = part * kLanes, left = num_outputs > done ? std::min(num_outputs - done, kLanes) : 0;
       if (left == kLanes) {
-        FloatsInMemory& place = *reinterpret_cast<FloatsInMemory*>(output);
-        place = add ? place + sum : sum;
+        Floats before{};
+        if (add) {
+          std::memcpy(&before, output, sizeof before);
+        }
+        before += sum;
+        std::memcpy(output, &before, sizeof before);
         continue;
       }
       for (size_t i = 0; i < left; ++i) {
