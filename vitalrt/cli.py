@@ -374,6 +374,7 @@ def _add_loading(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--adapter", metavar="DIR", help="PEFT LoRA directory or hub id, merged while loading")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--dtype", default="auto")
+    verb.add_argument("--int8", action="store_true", help="the decoder's weights in 8 bits, checked by its latents")
     verb.add_argument("--cache-tokens", type=int, help="capacity of the KV cache in tokens")
     verb.add_argument(
         "--vision-cache-bytes",
@@ -424,7 +425,7 @@ def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
     """Arguments of vitalrt.load that are options of the command line."""
     from vitalrt.api import BUNDLED
 
-    names = ("adapter", "device", "dtype", "cache_tokens", "vision_cache_bytes")
+    names = ("adapter", "device", "dtype", "int8", "cache_tokens", "vision_cache_bytes")
     return {"model": arguments.model or BUNDLED, **{name: getattr(arguments, name) for name in names}}
 
 

@@ -16,6 +16,7 @@ from vitalrt.engine.device_step import why_not_device_step
 from vitalrt.engine.request import RESEARCH_NOTICE
 from vitalrt.engine.scheduler import Engine
 from vitalrt.export.runtime import OnnxEngine
+from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import why_not_triton
 from vitalrt_kernels.linear_decode import MAX_ROWS
 from vitalrt_kernels.tuned import cublas_shapes
@@ -39,12 +40,13 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_model(model: Model) -> dict[str, Any]:
-    checkpoint = model.checkpoint
+    checkpoint, error = model.checkpoint, model.int8_error
     return {
         "directory": str(checkpoint.directory),
         "default k": checkpoint.vital.k,
         "provenance": checkpoint.vital.provenance,
         **(_onnx_engine(model.engine) if isinstance(model.engine, OnnxEngine) else _torch_engine(model.engine)),
+        **({} if error is None else {"int8": f"the decoder's linear maps; relative error of latents {error}"}),
         "decoder": _shape(checkpoint.config.decoder, "num_hidden_layers", "hidden_size", "vocab_size"),
         "vision": _shape(checkpoint.config.vision, "depth", "hidden_size", "patch_size"),
         "notice": RESEARCH_NOTICE,
@@ -53,12 +55,14 @@ def describe_model(model: Model) -> dict[str, Any]:
 
 def _torch_engine(engine: Engine) -> dict[str, Any]:
     parameters = list(engine.model.parameters())
+    int8 = [module for module in engine.model.modules() if isinstance(module, Int8Linear)]
+    held = [*parameters, *(module.values for module in int8), *(module.scale for module in int8)]
     return {
         "engine": "torch",
         "device": str(parameters[0].device),
         "dtype": str(parameters[0].dtype).removeprefix("torch."),
-        "parameters": sum(p.numel() for p in parameters),
-        "weight bytes": sum(p.numel() * p.element_size() for p in parameters),
+        "parameters": sum(p.numel() for p in parameters) + sum(module.values.numel() for module in int8),
+        "weight bytes": sum(tensor.nbytes for tensor in held),
         "cpu decoder": _cpu_decoder(engine),
         "gpu step": _gpu_step(engine),
         "cache tokens": engine.cache.num_tokens,

@@ -42,7 +42,7 @@ def head_argmax(h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch
     check_tickets(tickets, 1, h.device)
     if not runs_triton(h, *tensors_of(head)):
         return head_argmax_reference(h, head)
-    if not isinstance(head, Int8Weight) and is_for_cublas(h, head):
+    if is_for_cublas(h, head):
         return linear_cublas(h, head).argmax(-1)
     from vitalrt_kernels.gpu import head_argmax as gpu
 

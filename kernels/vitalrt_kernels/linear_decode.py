@@ -8,7 +8,7 @@ thread block (a row is 8 kB and sits in L2), which costs less than a launch and 
 is only divided by at the end, so that it delays no weight; SwiGLU and the
 residual are applied to the fp32 sums before their only rounding. Six launches make a layer instead of two dozen.
 That is so up to 16 rows. Above, and where a card is known to be faster so (`tuned`), cuBLAS multiplies between launches
-of their own; int8 goes 16 rows at a time.
+of their own; int8 goes 16 rows at a time up to 64, and then as numbers of the rows' dtype to cuBLAS as well.
 
 Weights may be int8 with one fp32 scale per output channel (symmetric, weight-only): half the bytes, and since every
 int8 is exact in fp16 and bf16 the only new error is that of quantise_int8.
@@ -27,6 +27,7 @@ from vitalrt_kernels.rms_norm import rms_norm, rms_norm_reference
 from vitalrt_kernels.tuned import prefers_cublas
 
 MAX_ROWS = 16  # of one launch
+MAX_INT8_ROWS = 64  # four readings at a byte a weight; widening one for cuBLAS moves five
 
 
 class Int8Weight(NamedTuple):
@@ -73,21 +74,30 @@ def linear_decode_reference(
 
 def linear_cublas(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: torch.Tensor | Int8Weight,
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
     swiglu: bool = False,
 ) -> torch.Tensor:
-    """As linear_decode for a weight that is not int8: torch's product, each other part on its own, all rounded."""
+    """As linear_decode: torch's product, each other part on its own, all rounded."""
     rows = x if norm is None else rms_norm(x, norm.weight, norm.eps)
     assert isinstance(rows, torch.Tensor)
-    if residual is not None and not swiglu:
+    if isinstance(weight, Int8Weight):
+        y = _int8_product(rows, weight)
+    elif residual is not None and not swiglu:
         return torch.addmm(residual, rows, weight.T)
-    y = F.linear(rows, weight)
+    else:
+        y = F.linear(rows, weight)
     if swiglu:
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
     return y if residual is None else y + residual
+
+
+def _int8_product(rows: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
+    if rows.dtype == torch.float16:  # sums that are not scaled yet may be larger than it holds
+        return F.linear(rows, (weight.values * weight.scale[:, None]).to(rows.dtype))
+    return (F.linear(rows, weight.values.to(rows.dtype)).float() * weight.scale).to(rows.dtype)
 
 
 def linear_decode(
@@ -115,7 +125,7 @@ def linear_decode(
     parts = (*tensors_of(weight), norm and norm.weight, residual)
     if not runs_triton(x, *[part for part in parts if part is not None]):
         return linear_decode_reference(x, weight, norm, residual, swiglu)
-    if not isinstance(weight, Int8Weight) and is_for_cublas(x, weight):
+    if is_for_cublas(x, weight):
         return linear_cublas(x, weight, norm, residual, swiglu)
     from vitalrt_kernels.gpu import linear_decode as gpu
 
@@ -128,8 +138,10 @@ def linear_decode(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def is_for_cublas(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def is_for_cublas(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> bool:
     """On a CUDA device."""
+    if isinstance(weight, Int8Weight):
+        return len(x) > MAX_INT8_ROWS
     return len(x) > MAX_ROWS or prefers_cublas(x.device, len(x), len(weight), x.shape[1])
 
 

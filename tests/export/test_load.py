@@ -102,3 +102,8 @@ def test_info_says_who_runs_it(exported: vitalrt.Model) -> None:
     assert describe_machine()["backend: onnx"].startswith("runs exported directories")
     with pytest.raises(vitalrt.VitalError, match="got an ONNX export"):
         _ = exported.weights
+
+
+def test_8_bits_are_chosen_when_it_is_exported(directory: Path) -> None:
+    with pytest.raises(vitalrt.VitalError, match="int8: an ONNX export is in 8 bits if it was written so"):
+        vitalrt.load(directory, int8=True)

@@ -15,7 +15,8 @@ from vitalrt.config import EngineConfig
 from vitalrt.engine.scheduler import Engine
 from vitalrt.export.runtime import OnnxEngine
 from vitalrt.export.sessions import Sessions
-from vitalrt.export.verify import batches, compare, random_prompts
+from vitalrt.export.verify import batches, compare
+from vitalrt.inputs.probes import random_prompts
 
 GRAPHS = ("vision", "prefill", "latent_step", "decode_step", "latent_loop", "head")
 ENGINE = EngineConfig(cache_tokens=4096)

@@ -106,10 +106,22 @@ def test_cublas_form_is_the_same(stage: str) -> None:
 
 
 def test_more_rows_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch, assert_close) -> None:
-    """int8 goes 16 rows at a time; 21 rows are two launches."""
+    """int8 goes 16 rows at a time: 21 rows are two launches, and 65 are torch's."""
     monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     case = random_case("residual", 21, 33, 40)
     case = {name: tensor.to(device) for name, tensor in case.items()}
     weight = quantise_int8(case["weight"])
     expected = linear_decode_reference(case["x"].double(), weight, residual=case["residual"].double())
     assert_close("linear_decode", linear_decode(case["x"], weight, residual=case["residual"]), expected)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_int8_of_many_rows(stage, dtype, monkeypatch: pytest.MonkeyPatch, assert_close) -> None:
+    """As numbers of the rows' dtype; in fp16 sums that are not scaled yet would be infinite."""
+    monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
+    case = {name: tensor.to(dtype) for name, tensor in random_case(stage, 65, 20, 300).items()}
+    case["x"] = case["x"] * 64 if "norm" not in case else case["x"]
+    weight, exact = quantise_int8(case["weight"]), {name: tensor.double() for name, tensor in case.items()}
+    actual = linear_decode(case["x"], weight, *options(case, stage))
+    assert_close("linear_decode", actual, linear_decode_reference(exact["x"], weight, *options(exact, stage)))

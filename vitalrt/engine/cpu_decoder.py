@@ -49,7 +49,8 @@ class CpuDecoder:
         self.max_tokens = MAX_LAYER_PRODUCTS // _num_layer_weights(decoder)
         weights = [_weights(layer) for layer in decoder.layers if isinstance(layer, DecoderLayer)]
         final_norm = decoder.norm.weight.detach()
-        self._pointed_at = weights, final_norm, rope.inverse_frequencies, rope.axis_of_frequency, cache.k, cache.v
+        norms = [(input_norm, qk_norm, post_norm) for input_norm, _, qk_norm, _, post_norm, _, _ in weights]
+        self._pointed_at = norms, final_norm, rope.inverse_frequencies, rope.axis_of_frequency, cache.k, cache.v
         self._native = NativeDecoder(
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
@@ -106,7 +107,9 @@ class CpuDecoder:
 
 
 def _num_layer_weights(decoder: Decoder) -> int:
-    return sum(parameter.numel() for parameter in decoder.layers[0].parameters())
+    config = decoder.config
+    heads = config.num_attention_heads + config.num_key_value_heads
+    return config.hidden_size * (2 * heads * config.head_dim + 3 * config.intermediate_size)
 
 
 def _weights(layer: DecoderLayer) -> list[torch.Tensor]:

@@ -37,7 +37,7 @@ class DevicePrefill:
     def __init__(
         self, weights: StepWeights, k_cache: torch.Tensor, v_cache: torch.Tensor, num_deepstack: int = 0
     ) -> None:
-        """weights: not int8.  num_deepstack: to how many layers deepstack adds.
+        """num_deepstack: to how many layers deepstack adds.
 
         k_cache, v_cache: [layers, S, G, D], written at a prompt's slots and nowhere else.
         """

@@ -14,8 +14,10 @@ from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from vitalrt.model.decoder import Decoder, DecoderLayer
+from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import (
     Int8Weight,
     Norm,
@@ -66,26 +68,29 @@ class StepWeights:
     """What a step reads: the decoder's own tensors, or int8 ones made from them."""
 
     def __init__(self, decoder: Decoder, int8: bool = False) -> None:
-        """int8: weight-only, linear maps and head; the decoder keeps its own and may be dropped by the caller."""
+        """int8: make these of a decoder whose own linear maps are not, which keeps them."""
         self.config = decoder.config
         self.eps = decoder.config.rms_norm_eps
         self.embed = decoder.embed.weight.detach()
         self.norm = decoder.norm.weight.detach()
         self.rope = Rope(decoder.rope.inverse_frequencies, decoder.rope.axis_of_frequency)
 
-        def linear(weight: torch.Tensor) -> Weight:
-            return quantise_int8(weight.detach()) if int8 else weight.detach()
+        def linear(module: nn.Linear | Int8Linear) -> Weight:
+            if isinstance(module, Int8Linear):
+                return module.int8
+            weight = module.weight.detach()
+            return quantise_int8(weight) if int8 else weight
 
-        self.head = linear(decoder.head.weight)
+        self.head = linear(decoder.head)
         self.layers = [
             LayerWeights(
                 layer.input_norm.weight.detach(),
-                linear(layer.qkv.weight),
+                linear(layer.qkv),
                 layer.qk_norm.weight.detach(),
-                linear(layer.o.weight),
+                linear(layer.o),
                 layer.post_norm.weight.detach(),
-                linear(layer.gate_up.weight),
-                linear(layer.down.weight),
+                linear(layer.gate_up),
+                linear(layer.down),
             )
             for layer in decoder.layers
             if isinstance(layer, DecoderLayer)

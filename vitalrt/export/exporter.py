@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from vitalrt.checkpoint import Checkpoint, Progress, load_weights
@@ -20,8 +19,8 @@ from vitalrt.errors import VitalError
 from vitalrt.export.directory import building, require_empty
 from vitalrt.export.runtime import OnnxEngine
 from vitalrt.export.sessions import FORMAT, MANIFEST, WEIGHTS_FILE, Sessions, choose_provider, require
-from vitalrt.export.verify import MAX_NEW_TOKENS, MAX_STEPS, Verification, compare, random_prompts
-from vitalrt.inputs.options import ReadOptions
+from vitalrt.export.verify import MAX_NEW_TOKENS, MAX_STEPS, Verification, compare
+from vitalrt.inputs.probes import random_prompts, real_prompts
 from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -135,7 +134,7 @@ def export_onnx(
             _check(scratch / name)
         verification = None
         if verify:
-            probes = [*random_prompts(checkpoint.config), *prompts, *_real_prompts(processor)]
+            probes = [*random_prompts(checkpoint.config), *prompts, *(real_prompts(processor) if processor else [])]
             verification = _verify(scratch, weights, probes, "int8" if int8 else dtype, device)
             _write_json(scratch / MANIFEST, {**manifest, "verification": asdict(verification)})
         files = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
@@ -188,19 +187,6 @@ def _prompt_template(processor: Processor) -> str:
         tokenize=False,
     )
     return text
-
-
-def _real_prompts(processor: Processor | None) -> list[Prompt]:
-    """Questions about drawn pictures of two shapes, through the directory's own preprocessing."""
-    if processor is None:
-        return []
-    y, x = np.mgrid[0:96, 0:128]
-    disc = (255 * np.exp(-((x - 70) ** 2 + (y - 40) ** 2) / 900)).astype(np.uint8)
-    read = ReadOptions()
-    return [
-        processor.prepare(disc, "Is the liver visible?", read),
-        processor.prepare([disc.T.copy(), disc], "Where is the lesion, and what changed?", read),
-    ]
 
 
 def _check(path: Path) -> None:
