@@ -299,6 +299,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("intermediate_size"), py::arg("rms_norm_eps"),
            py::arg("layers"), py::arg("final_norm"), py::arg("inverse_frequencies"), py::arg("axes"),
            py::arg("k_cache"), py::arg("v_cache"), py::arg("num_slots"))
+      .def_property_readonly("num_bytes", &CpuDecoder::num_bytes)
       .def("run", &run_cpu_decoder, py::arg("batch"), py::arg("row_length"), py::arg("slots"), py::arg("lengths"),
            py::arg("counts"), py::arg("num_axes"), py::arg("positions"), py::arg("inputs"), py::arg("hidden"),
            py::arg("num_image_rows"), py::arg("image_rows"), py::arg("deepstack"), py::arg("start_threads"),

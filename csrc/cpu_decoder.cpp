@@ -86,6 +86,14 @@ CpuDecoder::CpuDecoder(const DecoderShape& shape, const std::vector<LayerWeights
   num_weights_ = layers.size() * width * (2 * (q_width + kv_width) + 3 * ffn_width);
 }
 
+size_t CpuDecoder::num_bytes() const {
+  size_t total = 0;
+  for (const Layer& layer : layers_) {
+    total += layer.qkv.num_bytes() + layer.o.num_bytes() + layer.gate_up.num_bytes() + layer.down.num_bytes();
+  }
+  return total;
+}
+
 std::vector<CpuDecoder::Place> CpuDecoder::places_of(const NewTokens& tokens) const {
   std::vector<Place> places;
   for (std::int64_t b = 0; b < tokens.batch; ++b) {
@@ -149,6 +157,9 @@ std::vector<CpuDecoder::Part> CpuDecoder::parts_of(const NewTokens& tokens, size
 void CpuDecoder::run(const NewTokens& tokens, const Deepstack& deepstack, const float* inputs, float* hidden,
                      const Team& team) const {
   const std::vector<Place> places = places_of(tokens);
+  if (places.empty()) {
+    return;
+  }
   for (std::int64_t n = 0; n < deepstack.num_rows; ++n) {
     if (deepstack.rows[n] < 0 || to_size(deepstack.rows[n]) >= places.size()) {
       throw std::out_of_range("image_rows: expected 0 to " + std::to_string(places.size() - 1) + ", got " +

@@ -89,6 +89,9 @@ class CpuDecoder {
   void run(const NewTokens& tokens, const Deepstack& deepstack, const float* inputs, float* hidden,
            const Team& team = {}) const;
 
+  // Of the matrices.
+  std::size_t num_bytes() const;
+
  private:
   struct Layer {
     const float *input_norm, *qk_norm, *post_norm;

@@ -173,7 +173,7 @@ PackedMatrix::PackedMatrix(const float* weight, size_t out_width, size_t width)
   const auto at = [&](size_t row, size_t column) {
     return row < out_width ? bits_of(weight[row * width + column]) : 0u;
   };
-  std::uint32_t* word = lines_.data()->words;
+  auto* word = reinterpret_cast<std::uint32_t*>(lines_.data());
   for (size_t first = 0; first < num_blocks * kBlockRows; first += kBlockRows) {
     for (size_t column = 0; column < width; ++column) {
       if (is_bf16_) {
@@ -192,7 +192,7 @@ PackedMatrix::PackedMatrix(const float* weight, size_t out_width, size_t width)
 void PackedMatrix::multiply(const float* inputs, size_t num_rows, float* outputs, bool add) const {
   static const auto multiply_words = fastest<std::uint32_t>();
   static const auto multiply_floats = fastest<float>();
-  const std::uint32_t* words = lines_.data()->words;
+  const auto* words = reinterpret_cast<const std::uint32_t*>(lines_.data());
   if (is_bf16_) {
     multiply_words(words, out_width_, width_, inputs, num_rows, outputs, add);
   } else {

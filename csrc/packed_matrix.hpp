@@ -19,14 +19,16 @@ class PackedMatrix {
   // `add`.
   void multiply(const float* inputs, std::size_t num_rows, float* outputs, bool add) const;
 
+  std::size_t num_bytes() const { return lines_.size() * sizeof(Line); }
+
  private:
   struct alignas(64) Line {
     std::uint32_t words[16];
   };
 
-  // Blocks of two registers' rows, zeros beyond the last; in a block, column after column. A column is two registers of fp32,
-  // first rows and then the others; or one of words, bf16 of the first rows in their lower halves and of the others in
-  // the upper.
+  // Blocks of two registers' rows, zeros beyond the last; in a block, column after column. A column is two registers of
+  // fp32, first rows and then the others; or one of words, bf16 of the first rows in their lower halves and of the others
+  // in the upper.
   std::vector<Line> lines_;
   bool is_bf16_;
   std::size_t out_width_, width_;

@@ -20,6 +20,7 @@ import vitalrt
 from vitalrt.api import generate as generate_with_any_model
 from vitalrt.inputs import processor
 
+SALTS = [vitalrt.Terms(), vitalrt.Terms(cache_salt="new")]
 PICTURES = [np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3), dtype=np.uint8) for seed in range(4)]
 
 
@@ -96,9 +97,16 @@ class TestAnswers:
         assert "".join(model.stream(PICTURES[0], "What?", k=1, max_new_tokens=3)) == first.text and len(resized) == 1
         assert ask("What?", "a tenant's").token_ids == first.token_ids and len(resized) == 2
         assert model.prepare(PICTURES[0], "What?").pixel_values is not None and len(resized) == 3
+        asked = [vitalrt.Request(PICTURES[0], "What?", k=1, max_new_tokens=3, terms=terms) for terms in SALTS]
+        with monkeypatch.context() as patch:  # a batch resizes before the engine is asked, whoever comes first
+            patch.setattr(
+                model.engine, "submit", lambda *_: pytest.fail("resized too late") if len(resized) < 4 else 1 / 0
+            )
+            with pytest.raises(ZeroDivisionError):
+                model.generate_batch(asked)
         # It was kept when the request came, and is gone with all its pages when it is looked at.
         monkeypatch.setattr(model.engine.encoder, "knows", lambda key: True)
-        assert ask("What?", "another's").token_ids == first.token_ids and len(resized) == 4
+        assert ask("What?", "another's").token_ids == first.token_ids and len(resized) == 5
 
     def test_the_first_picture_that_cannot_be_read_is_named(self, model, tmp_path) -> None:
         paths = [tmp_path / f"{name}.png" for name in ("one", "other")]

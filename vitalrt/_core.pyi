@@ -74,6 +74,10 @@ class CpuDecoder:
         v_cache: int,
         num_slots: int,
     ) -> None: ...
+    @property
+    def num_bytes(self) -> int:
+        """Of its copies of the matrices."""
+
     def run(
         self,
         batch: int,

@@ -23,7 +23,7 @@ from vitalrt.errors import VitalError
 from vitalrt.export.runtime import OnnxEngine, open_engine
 from vitalrt.export.sessions import MANIFEST
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.probes import random_prompts, real_prompts
+from vitalrt.inputs.probes import probe_prompts
 from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -149,12 +149,13 @@ class Model:
         prompts = []
         for key, request in zip(keys, requests, strict=True):
             pictures, seconds = seen[key]
+            self.engine.make_patches(pictures, request.terms.cache_salt)  # whoever named the image first may know it
             prompts.append(self.processor.ask_about(pictures, request.question, time.perf_counter() - seconds))
             seen[key] = pictures, 0.0
         return prompts
 
     def _look_at_all(self, requests: Sequence[Request]) -> list[tuple[list[Picture], float]]:
-        """Each one's pictures and the seconds they took; side by side from the first on that is worth a thread."""
+        """Each one's pictures and the seconds they took; side by side after the first that was worth a thread."""
 
         def look_at(request: Request) -> tuple[list[Picture], float]:
             started = time.perf_counter()
@@ -165,9 +166,9 @@ class Model:
         seen: list[tuple[list[Picture], float]] = []
         while len(seen) < len(requests) and (not seen or seen[-1][1] < WORTH_A_THREAD_S):
             seen.append(look_at(requests[len(seen)]))
-        if len(seen) < len(requests):
-            with ThreadPoolExecutor(os.cpu_count()) as threads:
-                seen += threads.map(look_at, requests[len(seen) :])
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # none starts that is not asked to
+            look = threads.map if len(requests) - len(seen) > 1 else map
+            seen += look(look_at, requests[len(seen) :])
         return seen
 
     def _decoding(self, request: Request) -> Decoding:
@@ -249,12 +250,13 @@ def load(
 
     model: without one, the bundled phantom model.  adapter: a PEFT LoRA directory or hub id, merged while loading.
     dtype "auto": the checkpoint's on a GPU, float32 on the CPU, and an export's own.  int8: weights of the decoder's
-    linear maps and head in 8 bits, about half of what bf16 takes; a few prompts are thought about before and after, and
-    loading fails where their latents change by more than a tenth.  cache_tokens: capacity of the KV cache (None: what
+    linear maps and head in 8 bits: half the bytes of bf16 once they are loaded, for steps of CUDA devices (a CPU widens
+    them, which costs time and, in the C++ core, memory). A few prompts are thought about before and after, and loading
+    fails where the median relative change of their latents is above 0.1.  cache_tokens: capacity of the KV cache (None: what
     2 GiB hold, at most 32,768), taken once, now; an export takes what a batch needs, up to it.
     prefix_cache: whether requests share what they begin with, images above all; an export has no such cache.
     vision_cache_bytes: what the features of past images may take, for questions that come later.
-    Raises CheckpointError or CapacityError.
+    Raises VitalError: CheckpointError or CapacityError, mostly.
     """
     engine = EngineConfig(
         cache_tokens=cache_tokens,
@@ -269,7 +271,7 @@ def load(
         return Model(checkpoint, open_engine(checkpoint, adapter, device, dtype, engine, stop_ids(checkpoint)))
     where = choose_device(device)
     weights = load_weights(checkpoint, adapter, where, choose_dtype(dtype, where, checkpoint.config), progress)
-    int8_error = quantise(weights, _probes(checkpoint)) if int8 else None
+    int8_error = quantise(weights, probe_prompts(checkpoint.config, checkpoint.directory)) if int8 else None
     return Model(checkpoint, Engine(weights, engine, stop_ids(checkpoint)), int8_error)
 
 
@@ -302,12 +304,6 @@ def stop_ids(checkpoint: Checkpoint) -> set[int]:
     if found is None:
         return set()
     return set(found) if isinstance(found, list) else {found}
-
-
-def _probes(checkpoint: Checkpoint) -> list[Prompt]:
-    directory = checkpoint.directory
-    can_prepare = has_tokenizer(directory) and (directory / "preprocessor_config.json").is_file()
-    return [*random_prompts(checkpoint.config), *(real_prompts(Processor(directory)) if can_prepare else [])]
 
 
 def has_tokenizer(directory: Path) -> bool:

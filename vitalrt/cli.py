@@ -522,7 +522,7 @@ def _print_model_cost(arguments: argparse.Namespace) -> None:
         arguments.model or DEFAULT_MODEL,
         context=arguments.context or 0,
         batch=1 if arguments.batch is None else arguments.batch,
-        dtype="bf16" if arguments.dtype == "auto" else arguments.dtype,
+        dtype="int8" if arguments.int8 else "bf16" if arguments.dtype == "auto" else arguments.dtype,
     )
     if arguments.json:
         print(json.dumps(cost.record(cards), indent=2))

@@ -97,7 +97,8 @@ def _cpu_decoder(engine: Engine) -> str:
     reason = why_not_cpu_decoder(engine.model.decoder)
     if engine.cpu_decoder is None:
         return f"in torch: {reason}"
-    return f"in C++; prompts of more than {engine.cpu_decoder.max_tokens} new tokens in torch"
+    copies = f"{engine.cpu_decoder.num_bytes / 1e6:.1f} MB of its own"
+    return f"in C++, {copies}; prompts of more than {engine.cpu_decoder.max_tokens} new tokens in torch"
 
 
 def _gpu_step(engine: Engine) -> str:

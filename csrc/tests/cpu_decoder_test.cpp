@@ -1,5 +1,5 @@
-// The decoder under sanitizers: memory of exactly the promised sizes, odd shapes, batches of steps and of prompts against
-// single sequences. That its numbers are right is shown against torch, in tests/engine/test_cpu_decoder.py.
+// The decoder under sanitizers: memory of exactly the promised sizes, odd shapes, batches of steps and of prompts
+// against single sequences. That its numbers are right is shown against torch, in tests/engine/test_cpu_decoder.py.
 #include "cpu_decoder.hpp"
 
 #include <cmath>

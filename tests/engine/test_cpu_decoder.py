@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,8 +188,8 @@ def test_torchs_threads_change_nothing(monkeypatch) -> None:
         assert torch.equal(answer.latents, expected.latents)
 
 
-def test_threads_that_are_not_found(monkeypatch, tmp_path) -> None:
-    """Without /proc, without OpenMP, or with several that are none of torch's, the core does with one thread."""
+def test_threads_are_torchs_own(monkeypatch, tmp_path) -> None:
+    """Whatever else has brought an OpenMP. Without /proc, without OpenMP, or with several that may be torch's, none."""
     line = "7f00-7f01 r-xp 00000000 00:00 0    {}\n"
     cases = [
         "",
@@ -200,6 +201,10 @@ def test_threads_that_are_not_found(monkeypatch, tmp_path) -> None:
     for text in [*cases, line.format("/nowhere/libgomp.so.1")]:
         maps.write_text(text)
         assert parallel_address.__wrapped__() == 0
+    real = [row for row in Path("/proc/self/maps").read_text().splitlines() if "/torch" in row]
+    other = Path(torch.__file__).parents[1] / "scikit_learn.libs" / "libgomp-1234.so.1.0.0"
+    maps.write_text("\n".join([*real, line.format(other)]))
+    assert parallel_address.__wrapped__() == parallel_address() != 0
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -110,5 +111,11 @@ def test_errors_are_of_the_whole_loop(tiny) -> None:
     assert 0 < error.median < error.largest
 
 
-def test_real_pictures_are_among_the_probes(talker) -> None:
+def test_real_pictures_are_among_the_probes(talker, tmp_path) -> None:
+    """Where the directory can prepare them; without a chat template ready-made prompts still run in 8 bits."""
     assert talker.load(int8=True).int8_error.num_prompts == 8
+    directory = shutil.copytree(talker.directory, tmp_path / "copy")
+    (directory / "preprocessor_config.json").rename(directory / "processor_config.json")
+    assert vitalrt.load(directory, device="cpu", int8=True).int8_error.num_prompts == 8
+    (directory / "chat_template.jinja").unlink()
+    assert vitalrt.load(directory, device="cpu", int8=True).int8_error.num_prompts == 6

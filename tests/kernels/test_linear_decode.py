@@ -106,7 +106,7 @@ def test_cublas_form_is_the_same(stage: str) -> None:
 
 
 def test_more_rows_than_a_launch_takes(device: str, monkeypatch: pytest.MonkeyPatch, assert_close) -> None:
-    """int8 goes 16 rows at a time: 21 rows are two launches, and 65 are torch's."""
+    """int8 goes 16 rows at a time; 21 rows are two launches."""
     monkeypatch.setattr(module, "runs_triton", lambda *tensors: True)
     case = random_case("residual", 21, 33, 40)
     case = {name: tensor.to(device) for name, tensor in case.items()}

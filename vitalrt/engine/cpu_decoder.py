@@ -67,6 +67,11 @@ class CpuDecoder:
             num_slots=cache.num_tokens,
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the core's copies: two a weight where bf16 holds it, else four."""
+        return self._native.num_bytes
+
     def __call__(
         self,
         inputs: torch.Tensor,

@@ -36,7 +36,7 @@ class Int8Error:
 def quantise(model: Qwen3VL, prompts: Sequence[Prompt]) -> Int8Error:
     """Put the decoder's linear maps and its head into 8 bits, in place, and measure what that does to latents.
 
-    prompts: to measure it by, through the engine that will serve.  Raises CheckpointError where the error is beyond
+    prompts: to measure it by, in one batch of an engine on the model's device.  Raises CheckpointError where the error is beyond
     TOLERANCE; the model is then of no use.
     """
     expected = _latents(model, prompts)

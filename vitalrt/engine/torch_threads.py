@@ -22,10 +22,12 @@ def parallel_address() -> int:
         return 0
     paths = {line.split(maxsplit=5)[5].strip() for line in MAPS.read_text().splitlines() if "omp" in line}
     found = sorted(path for path in paths if re.match(r"lib[gi]?omp\d?[-.]", Path(path).name))
-    own = [path for path in found if Path(path).is_relative_to(Path(torch.__file__).parents[1])]
-    if not own and len(found) != 1:
+    torch_root = Path(torch.__file__).parent
+    roots = (torch_root / "lib", torch_root.with_name("torch.libs"))
+    own = [path for path in found if Path(path).parent in roots] or found
+    if len(own) != 1:  # others come with libraries of their own: which one is torch's is not told
         return 0
     try:
-        return ctypes.cast(ctypes.CDLL((own or found)[0]).GOMP_parallel, ctypes.c_void_p).value or 0
+        return ctypes.cast(ctypes.CDLL(own[0]).GOMP_parallel, ctypes.c_void_p).value or 0
     except (AttributeError, OSError):
         return 0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from vitalrt.config import ModelConfig
+from vitalrt.errors import CheckpointError
 from vitalrt.inputs.options import ReadOptions
 from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Prompt
@@ -29,6 +31,14 @@ def random_prompts(config: ModelConfig, seed: int = 0) -> list[Prompt]:
         pixels = torch.randn(int(grid.prod(-1).sum()), config.vision.patch_dim, generator=generator)
         prompts.append(Prompt(ids, pixels, grid) if grids else Prompt(ids))
     return prompts
+
+
+def probe_prompts(config: ModelConfig, directory: Path) -> list[Prompt]:
+    """Random prompts, and real ones where the directory can prepare them."""
+    try:
+        return [*random_prompts(config), *real_prompts(Processor(directory))]
+    except CheckpointError:
+        return random_prompts(config)
 
 
 def real_prompts(processor: Processor) -> list[Prompt]:
