@@ -252,8 +252,8 @@ def load(
     dtype "auto": the checkpoint's on a GPU, float32 on the CPU, and an export's own.  int8: weights of the decoder's
     linear maps and head in 8 bits: half the bytes of bf16 once they are loaded, for steps of CUDA devices (a CPU widens
     them, which costs time and, in the C++ core, memory). A few prompts are thought about before and after, and loading
-    fails where the median relative change of their latents is above 0.1.  cache_tokens: capacity of the KV cache (None: what
-    2 GiB hold, at most 32,768), taken once, now; an export takes what a batch needs, up to it.
+    fails where the median relative change of their latents is above 0.1.  cache_tokens: capacity of the KV cache
+    (None: what 2 GiB hold, at most 32,768), taken once, now; an export takes what a batch needs, up to it.
     prefix_cache: whether requests share what they begin with, images above all; an export has no such cache.
     vision_cache_bytes: what the features of past images may take, for questions that come later.
     Raises VitalError: CheckpointError or CapacityError, mostly.

@@ -7,9 +7,9 @@ import functools
 import os
 import platform
 
-# mallopt's parameters (malloc.h) and what they are set to: blocks up to 8 MiB, activations of a small model, come from a
-# heap, of which up to 32 MiB stay when they are free. Each of malloc's arenas is a heap, and threads have several: larger
-# blocks, pictures being read above all, go back to the system at once.
+# mallopt's parameters (malloc.h) and what they are set to: blocks up to 8 MiB, activations of a small model, come from
+# a heap, of which up to 32 MiB stay when they are free. Each of malloc's arenas is a heap, and threads have several:
+# larger blocks, pictures being read above all, go back to the system at once.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 32 * 2**20
 LARGEST_BYTES = 8 * 2**20
@@ -19,8 +19,7 @@ _USERS_OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PA
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let each arena of malloc keep up to KEPT_BYTES that are free. Whether it does: an environment that tunes malloc is
-    left alone.
+    """Let each arena of malloc keep up to KEPT_BYTES that are free. False where the environment tunes malloc itself.
 
     By default the C library returns an activation of some MB to the system when it is freed, and each page of the next
     one then costs a fault: a fifth of the vision tower's time for a batch of small images.

@@ -36,8 +36,8 @@ class Int8Error:
 def quantise(model: Qwen3VL, prompts: Sequence[Prompt]) -> Int8Error:
     """Put the decoder's linear maps and its head into 8 bits, in place, and measure what that does to latents.
 
-    prompts: to measure it by, in one batch of an engine on the model's device.  Raises CheckpointError where the error is beyond
-    TOLERANCE; the model is then of no use.
+    prompts: to measure it by, in one batch of an engine on the model's device.  Raises CheckpointError where the error
+    is beyond TOLERANCE; the model is then of no use.
     """
     expected = _latents(model, prompts)
     quantise_linear_maps(model.decoder)
