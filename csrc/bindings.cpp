@@ -146,13 +146,17 @@ Array<std::int32_t> to_array(const Pages& pages) {
 class HeldKeys {
  public:
   explicit HeldKeys(const py::sequence& keys) : objects_(keys) {
-    py::detail::make_caster<PrefixKey> caster;  // one for all: it looks the type up when it is made
+    // pybind11's own cast would look up the bases of each key's type; the C++ part of a key lies where it always does.
+    auto* const type = reinterpret_cast<PyTypeObject*>(py::type::of<PrefixKey>().ptr());
     keys_.reserve(objects_.size());
     for (const py::handle key : objects_) {
-      if (!caster.load(key, false)) {
+      const auto* object = reinterpret_cast<const py::detail::instance*>(key.ptr());
+      const bool is_key = PyObject_TypeCheck(key.ptr(), type) != 0 && object->simple_layout;
+      const void* value = is_key ? object->simple_value_holder[0] : nullptr;  // null before __init__
+      if (value == nullptr) {
         throw py::type_error("keys: expected PrefixKey, got " + std::string(Py_TYPE(key.ptr())->tp_name));
       }
-      keys_.push_back(&py::detail::cast_op<PrefixKey&>(caster));
+      keys_.push_back(static_cast<const PrefixKey*>(value));
     }
   }
   const Keys& keys() const { return keys_; }

@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "huge_pages.hpp"
+
 namespace vitalrt {
 
 // Thrown by BlockPool::allocate when fewer blocks are free than were asked for.
@@ -67,7 +69,7 @@ class BlockPool {
   void give_back(std::int32_t block);
 
   mutable std::mutex mutex_;
-  std::vector<std::int32_t> ref_counts_;  // by block; 0 = free
+  std::vector<std::int32_t, HugePages<std::int32_t>> ref_counts_;  // by block; 0 = free
   Runs free_runs_;                        // first block -> length; maximal, so no two runs touch
   std::int32_t num_free_;
 };

@@ -21,7 +21,7 @@ using std::size_t;
 
 // Pages looked ahead in a walk, and those asked for before it begins.
 constexpr size_t kStride = 8;
-constexpr std::int32_t kNumPrefetched = 32;
+constexpr std::int32_t kNumPrefetched = 64;
 
 // Requests choose their own tokens: with secrets, they cannot choose where pages land in the table.
 std::vector<std::uint32_t> random_secrets(std::int32_t count) {
@@ -60,7 +60,7 @@ PrefixCache::PrefixCache(BlockPool& pool, std::int32_t page_size)
       end_(pool.num_blocks()) {
   pages_.resize(to_size(end_) + 1);
   at(end_).older = at(end_).newer = end_;
-  positions_.reset(new (std::align_val_t(64)) std::uint32_t[to_size(end_) * page_size_]);
+  positions_.resize(to_size(end_) * page_size_);
   table_.assign(table_size(end_), Slot{0, kNone});
 }
 

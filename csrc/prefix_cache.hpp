@@ -27,10 +27,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <new>
 #include <vector>
 
 #include "block_pool.hpp"
+#include "huge_pages.hpp"
 #include "prefix_key.hpp"
 
 namespace vitalrt {
@@ -116,11 +116,6 @@ class PrefixCache {
     Page() : num_others(0), is_inside_image(0) {}
   };
 
-  // The positions of one page are one cache line too, at 16 a page.
-  struct AlignedDelete {
-    void operator()(std::uint32_t* positions) const { ::operator delete[](positions, std::align_val_t(64)); }
-  };
-
   // An open-addressing hash table of first pages and of all but the first of a page's children; at most half full.
   struct Slot {
     std::uint32_t place;  // where its search begins, before the remainder
@@ -189,10 +184,10 @@ class PrefixCache {
   const std::size_t page_size_;
   const std::vector<std::uint32_t> secrets_;  // one per position of a page
   const std::int32_t end_;                      // pages_[end_] closes the ring of idle pages
-  std::vector<Page> pages_;                     // by block
-  // [block, page_size]; untouched, so not yet memory, until used
-  std::unique_ptr<std::uint32_t[], AlignedDelete> positions_;
-  std::vector<Slot> table_;
+  std::vector<Page, HugePages<Page>> pages_;    // by block
+  // [block, page_size]: one cache line a page, at 16; untouched, so not yet memory, until used.
+  std::vector<std::uint32_t, HugePages<std::uint32_t>> positions_;
+  std::vector<Slot, HugePages<Slot>> table_;
   PrefixCacheStatistics statistics_{};
 };
 

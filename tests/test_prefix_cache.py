@@ -480,6 +480,7 @@ def test_image_positions_outside_of_an_image_are_no_part_of_it() -> None:
     [
         (lambda core: core.match([None]), TypeError, "keys: expected PrefixKey, got NoneType"),
         (lambda core: core.match([b"key"]), TypeError, "keys: expected PrefixKey, got bytes"),
+        (lambda core: core.match([KEY, PrefixKey.__new__(PrefixKey)]), TypeError, "keys: expected PrefixKey, got"),
         (lambda core: core.insert([KEY], [[]]), ValueError, "pages: expected 1 for request 0, got 0"),
         (lambda core: core.insert([KEY], [[[0]]]), ValueError, "pages: expected one axis, got 2"),
         (lambda core: core.insert([KEY], [["page"]]), ValueError, "invalid literal"),
