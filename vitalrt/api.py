@@ -51,6 +51,15 @@ class Model:
             raise VitalError("model: expected a checkpoint, got an ONNX export, whose weights torch does not hold")
         return self.engine.model
 
+    @property
+    def precision(self) -> str:
+        """Of the weights: "bfloat16", say, or "bfloat16, decoder int8"."""
+        if isinstance(self.engine, OnnxEngine):
+            manifest = self.engine.sessions.manifest
+            return manifest["dtype"] + (", linear layers int8" if manifest["int8"] else "")
+        dtype = str(self.weights.decoder.embed.weight.dtype).removeprefix("torch.")
+        return dtype if self.int8_error is None else f"{dtype}, decoder int8"
+
     @functools.cached_property
     def processor(self) -> Processor:
         """Read when first needed: a directory without tokenizer files still runs ready-made prompts."""

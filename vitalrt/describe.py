@@ -45,8 +45,9 @@ def describe_model(model: Model) -> dict[str, Any]:
         "directory": str(checkpoint.directory),
         "default k": checkpoint.vital.k,
         "provenance": checkpoint.vital.provenance,
+        "dtype": model.precision,
         **(_onnx_engine(model.engine) if isinstance(model.engine, OnnxEngine) else _torch_engine(model.engine)),
-        **({} if error is None else {"int8": f"the decoder's linear maps; relative error of latents {error}"}),
+        **({} if error is None else {"int8": f"relative error of latents {error}"}),
         "decoder": _shape(checkpoint.config.decoder, "num_hidden_layers", "hidden_size", "vocab_size"),
         "vision": _shape(checkpoint.config.vision, "depth", "hidden_size", "patch_size"),
         "notice": RESEARCH_NOTICE,
@@ -60,7 +61,6 @@ def _torch_engine(engine: Engine) -> dict[str, Any]:
     return {
         "engine": "torch",
         "device": str(parameters[0].device),
-        "dtype": str(parameters[0].dtype).removeprefix("torch."),
         "parameters": sum(p.numel() for p in parameters) + sum(module.values.numel() for module in int8),
         "weight bytes": sum(tensor.nbytes for tensor in held),
         "cpu decoder": _cpu_decoder(engine),
@@ -75,7 +75,6 @@ def _onnx_engine(engine: OnnxEngine) -> dict[str, Any]:
     return {
         "engine": f"onnxruntime {sessions.runtime.__version__}, opset {sessions.manifest['opset']}",
         "device": sessions.device,
-        "dtype": sessions.manifest["dtype"] + (", linear layers int8" if sessions.manifest["int8"] else ""),
         "weight bytes": sessions.weights_path.stat().st_size,
         "cache tokens": engine.cache_tokens,
         "cache bytes": "taken for each batch",

@@ -77,6 +77,7 @@ def test_nothing_is_left_in_16_bits(tiny) -> None:
     assert after["parameters"] >= before["parameters"]  # a tied head is one of its own now
     assert after["weight bytes"] < before["weight bytes"]
     assert "int8" not in before and "6 prompts" in after["int8"]
+    assert (before["dtype"], after["dtype"]) == ("float32", "float32, decoder int8")
 
 
 def test_latents_that_go_astray_are_refused(tiny) -> None:

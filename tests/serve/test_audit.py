@@ -33,6 +33,7 @@ def test_a_line_tells_what_answered_what(phantom, serve, tmp_path):
     assert second["request_id"] == streamed.headers["x-request-id"]
     assert (first["model"], first["model_sha256"]) == ("phantom", directory_digest(phantom.checkpoint.directory))
     assert first["adapter_sha256"] is None
+    assert first["precision"] == "float32"
     assert (first["k"], second["k"]) == (2, 4)
     assert first["output_sha256"] == [answer, answer]
     assert (first["outcome"], second["outcome"]) == ("done", "done")

@@ -137,6 +137,7 @@ def _open_audit(model: Model, config: ServeConfig, catalog: Catalog, adapter: st
         "model": catalog.name,
         "model_sha256": directory_digest(model.checkpoint.directory),
         "adapter_sha256": None if adapter is None else directory_digest(resolve(adapter, "adapter")),
+        "precision": model.precision,
     }
     return AuditLog(config.audit_file, config.audit_text, weights)
 
