@@ -70,7 +70,7 @@ class BlockPool {
 
   mutable std::mutex mutex_;
   std::vector<std::int32_t, HugePages<std::int32_t>> ref_counts_;  // by block; 0 = free
-  Runs free_runs_;                        // first block -> length; maximal, so no two runs touch
+  Runs free_runs_;  // first block -> length; maximal, so no two runs touch
   std::int32_t num_free_;
 };
 

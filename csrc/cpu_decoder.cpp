@@ -119,19 +119,14 @@ std::vector<CpuDecoder::Place> CpuDecoder::places_of(const NewTokens& tokens) co
 // [tokens, D], of a part's: cosines [D / 2], then sines.
 std::vector<float> CpuDecoder::turns_of(const NewTokens& tokens, size_t num_tokens, const Part& part) const {
   const size_t half = to_size(shape_.head_dim) / 2;
-  std::vector<float> turns;
-  turns.reserve((part.last_token - part.first_token) * 2 * half);
-  std::vector<float> angles(half);
-  for (size_t t = part.first_token; t < part.last_token; ++t) {
+  std::vector<float> turns((part.last_token - part.first_token) * 2 * half);
+  float* turn = turns.data();
+  for (size_t t = part.first_token; t < part.last_token; ++t, turn += 2 * half) {
     for (size_t i = 0; i < half; ++i) {
       const size_t axis = tokens.num_axes == 1 ? 0 : to_size(rope_.axes[i]);
-      angles[i] = static_cast<float>(tokens.positions[axis * num_tokens + t]) * rope_.inverse_frequencies[i];
-    }
-    for (const float angle : angles) {
-      turns.push_back(std::cos(angle));
-    }
-    for (const float angle : angles) {
-      turns.push_back(std::sin(angle));
+      const float angle = static_cast<float>(tokens.positions[axis * num_tokens + t]) * rope_.inverse_frequencies[i];
+      turn[i] = std::cos(angle);
+      turn[half + i] = std::sin(angle);
     }
   }
   return turns;

@@ -4,7 +4,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <vector>
+
+#include "lanes.hpp"
 
 // Wherever the loader can choose between versions of a function, one of them is for processors with AVX and FMA.
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -12,20 +13,13 @@
 #else
 #define VITALRT_CLONES
 #endif
-#define VITALRT_INLINE inline __attribute__((always_inline))
 
 namespace vitalrt {
 namespace {
 
 using std::size_t;
 
-constexpr size_t kLanes = 8;
-typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef std::int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
-
-// Lanes go to and from functions by reference only: how they would go by value depends on the processor.
-VITALRT_INLINE void load(const float* numbers, Lanes& lanes) { std::memcpy(&lanes, numbers, sizeof lanes); }
-VITALRT_INLINE void store(float* numbers, const Lanes& lanes) { std::memcpy(numbers, &lanes, sizeof lanes); }
 
 VITALRT_INLINE float total(const Lanes& lanes) {
   return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));

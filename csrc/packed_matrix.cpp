@@ -3,30 +3,27 @@
 #include <algorithm>
 #include <cstring>
 
-#define VITALRT_INLINE inline __attribute__((always_inline))
+#include "lanes.hpp"
 
 namespace vitalrt {
 namespace {
 
 using std::size_t;
 
-constexpr size_t kLanes = 8;
 constexpr size_t kBlockRows = 2 * kLanes;
-typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef std::uint32_t Words __attribute__((vector_size(4 * kLanes)));
 
 // How many numbers a column of a block takes.
 constexpr size_t column_size(const float*) { return kBlockRows; }
 constexpr size_t column_size(const std::uint32_t*) { return kLanes; }
 
-// A column's two registers. They go to and from functions by reference only: how they would go by value depends on the
-// processor.
-VITALRT_INLINE void load_column(const float* column, Floats (&weights)[2]) {
-  std::memcpy(&weights[0], column, sizeof weights[0]);
-  std::memcpy(&weights[1], column + kLanes, sizeof weights[1]);
+// A column's two registers.
+VITALRT_INLINE void load_column(const float* column, Lanes (&weights)[2]) {
+  load(column, weights[0]);
+  load(column + kLanes, weights[1]);
 }
 
-VITALRT_INLINE void load_column(const std::uint32_t* column, Floats (&weights)[2]) {
+VITALRT_INLINE void load_column(const std::uint32_t* column, Lanes (&weights)[2]) {
   Words words;
   std::memcpy(&words, column, sizeof words);
   const Words first = words << 16, others = words & 0xffff0000u;
@@ -39,10 +36,10 @@ template <size_t kBlocks, size_t kRows, typename T>
 VITALRT_INLINE void multiply_tile(const T* blocks, size_t width, const float* inputs, float* outputs, size_t out_width,
                                   size_t num_outputs, bool add) {
   constexpr size_t kColumn = column_size(static_cast<const T*>(nullptr));
-  Floats sums[kRows][kBlocks][2] = {};
+  Lanes sums[kRows][kBlocks][2] = {};
   for (size_t column = 0; column < width; ++column) {
     for (size_t block = 0; block < kBlocks; ++block) {
-      Floats weights[2];
+      Lanes weights[2];
       load_column(blocks + (block * width + column) * kColumn, weights);
       for (size_t row = 0; row < kRows; ++row) {
         const float input = inputs[row * width + column];
@@ -54,15 +51,14 @@ VITALRT_INLINE void multiply_tile(const T* blocks, size_t width, const float* in
   for (size_t row = 0; row < kRows; ++row) {
     float* output = outputs + row * out_width;
     for (size_t part = 0; part < 2 * kBlocks; ++part, output += kLanes) {
-      Floats& sum = sums[row][part / 2][part % 2];
+      const Lanes& sum = sums[row][part / 2][part % 2];
       const size_t done = part * kLanes, left = num_outputs > done ? std::min(num_outputs - done, kLanes) : 0;
       if (left == kLanes) {
-        Floats before{};
+        Lanes before{};
         if (add) {
-          std::memcpy(&before, output, sizeof before);
+          load(output, before);
         }
-        before += sum;
-        std::memcpy(output, &before, sizeof before);
+        store(output, before + sum);
         continue;
       }
       for (size_t i = 0; i < left; ++i) {
@@ -88,8 +84,20 @@ VITALRT_INLINE void multiply_rows(const T* numbers, size_t first, size_t last, s
   }
 }
 
-// A few blocks of weights come from memory once and stay in a near cache while the rows pass by. As many sums are under
-// way as AVX2 has registers for beside what they are made from: one alone would wait for its own last addition.
+// num_rows rows, kRows of them at most. Fewer rows take more blocks at a time: as many sums are under way as AVX2 has
+// registers for beside what they are made from, since one alone would wait for its own last addition.
+template <size_t kRows, typename T>
+VITALRT_INLINE void multiply_up_to(const T* numbers, size_t first, size_t last, size_t width, const float* inputs,
+                                  size_t num_rows, float* outputs, size_t out_width, bool add) {
+  if (num_rows == kRows) {
+    constexpr size_t kBlocks = kRows == 1 ? 4 : kRows <= 3 ? 2 : 1;
+    multiply_rows<kBlocks, kRows>(numbers, first, last, width, inputs, outputs, out_width, add);
+  } else if constexpr (kRows > 1) {
+    multiply_up_to<kRows - 1>(numbers, first, last, width, inputs, num_rows, outputs, out_width, add);
+  }
+}
+
+// A few blocks of weights come from memory once and stay in a near cache while the rows pass by.
 template <typename T>
 VITALRT_INLINE void multiply_all(const T* numbers, size_t out_width, size_t width, const float* inputs, size_t num_rows,
                                  float* outputs, bool add) {
@@ -97,31 +105,9 @@ VITALRT_INLINE void multiply_all(const T* numbers, size_t out_width, size_t widt
   const size_t num_blocks = (out_width + kBlockRows - 1) / kBlockRows;
   for (size_t first = 0; first < num_blocks; first += kTogether) {
     const size_t last = std::min(first + kTogether, num_blocks);
-    size_t row = 0;
-    for (; row + kMostRows <= num_rows; row += kMostRows) {
-      multiply_rows<1, kMostRows>(numbers, first, last, width, inputs + row * width, outputs + row * out_width,
-                                  out_width, add);
-    }
-    const float* input = inputs + row * width;
-    float* output = outputs + row * out_width;
-    switch (num_rows - row) {
-      case 5:
-        multiply_rows<1, 5>(numbers, first, last, width, input, output, out_width, add);
-        break;
-      case 4:
-        multiply_rows<1, 4>(numbers, first, last, width, input, output, out_width, add);
-        break;
-      case 3:
-        multiply_rows<2, 3>(numbers, first, last, width, input, output, out_width, add);
-        break;
-      case 2:
-        multiply_rows<2, 2>(numbers, first, last, width, input, output, out_width, add);
-        break;
-      case 1:
-        multiply_rows<4, 1>(numbers, first, last, width, input, output, out_width, add);
-        break;
-      default:
-        break;
+    for (size_t row = 0; row < num_rows; row += kMostRows) {
+      multiply_up_to<kMostRows>(numbers, first, last, width, inputs + row * width, std::min(kMostRows, num_rows - row),
+                               outputs + row * out_width, out_width, add);
     }
   }
 }

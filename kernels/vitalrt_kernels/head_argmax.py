@@ -34,8 +34,7 @@ def head_argmax(h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch
     """h: [M, d], after the final norm.  head: [N, d] of its dtype, or int8.  All contiguous.
 
     tickets: [at least 1], from tickets.new_tickets.  Returns [M] int64: the lowest id of the largest logit; a NaN
-    counts as largest. Above 16 rows (int8: 64), and where `tuned` says so, the logits are written
-    after all.
+    counts as largest. Above 16 rows (int8: 64), and where `tuned` says so, the logits are written after all.
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """
     check_rows(h)

@@ -36,7 +36,7 @@ def test_features_are_those_of_the_image_alone(tiny, prompts, monkeypatch, max_p
         assert sum(sizes) == sum(image.picture.num_patches for image in images)
         assert len(sizes) == {1: 6, 10_000: 1}.get(max_patches, len(sizes))
         for image in images:
-            tokens, deepstack = forward(image.picture.patches, [image.picture.grid])
+            tokens, deepstack = forward(image.picture.patches(), [image.picture.grid])
             for found, expected in zip(
                 (image.features.tokens, *image.features.deepstack), (tokens, *deepstack), strict=True
             ):

@@ -14,13 +14,10 @@ from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.torch_threads import parallel_address
 from vitalrt.model.decoder import Decoder, DecoderLayer
 
-# Up to here the core is done before torch has so much as called its operations, whatever its threads would then gain:
-# a layer of 0.44 Mi weights takes it 0.05 ms for one sequence and 0.15 ms for sixteen, torch 0.24 and 0.57 ms (a step
-# of the bundled model, two cores of an Intel Xeon with AVX-512).
+# Up to here the core is done before torch has so much as called its operations, whatever its threads would then gain.
 MAX_LAYER_WEIGHTS = 1 << 20
 # The same for the new tokens of a sequence: within a sequence nothing is shared out, and for long prompts torch's
-# attention is the faster one. 50 tokens of the bundled model take the core 2.0 ms and torch 2.6, 100 take 4.0 and 3.4;
-# sixteen sequences of 50 tokens 13.2 and 14.8 (same machine).
+# attention is the faster one. bench/bench_cpu_decoder.py measures both.
 MAX_LAYER_PRODUCTS = 1 << 25
 
 

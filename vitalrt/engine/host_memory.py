@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     """Let each arena of malloc keep up to KEPT_BYTES that are free. False where the environment tunes malloc itself.
 
     By default the C library returns an activation of some MB to the system when it is freed, and each page of the next
-    one then costs a fault: a fifth of the vision tower's time for a batch of small images.
+    one then costs a fault, which a batch of small images feels in every operation of the vision tower.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

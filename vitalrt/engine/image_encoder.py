@@ -82,7 +82,7 @@ class ImageEncoder:
 
     def _encode(self, images: list[Image]) -> list[VisionFeatures]:
         device = self._device
-        patches, grids = [image.picture.patches for image in images], [image.picture.grid for image in images]
+        patches, grids = [image.picture.patches() for image in images], [image.picture.grid for image in images]
         if device.type == "cuda" and len(images) == 1:  # sizes come again and again, combinations do not
             tokens, *deepstack = (level.clone() for level in self._captured(patches[0], grids))
         else:

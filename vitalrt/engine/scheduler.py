@@ -91,7 +91,7 @@ class Engine:
         """Of pictures that are about to be asked about, in the caller's thread; not where their features are kept."""
         for picture in pictures:
             if not self.encoder.knows(_namespace(cache_salt) + picture.digest):
-                picture.make_patches()
+                picture.patches()
 
     def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done."""

@@ -71,7 +71,7 @@ class OnnxEngine:
     def make_patches(self, pictures: Iterable[Picture], cache_salt: str | None = None) -> None:
         """As Engine.make_patches; here no features are kept."""
         for picture in pictures:
-            picture.make_patches()
+            picture.patches()
 
     def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done."""
@@ -164,7 +164,7 @@ class OnnxEngine:
         for prompt in prompts:
             for picture in prompt.pictures:
                 t, h, w = picture.grid
-                seen, levels = self.sessions.see(picture.patches.float().reshape(t, h * w, -1).numpy(), (h, w))
+                seen, levels = self.sessions.see(picture.patches().float().reshape(t, h * w, -1).numpy(), (h, w))
                 features.append(seen)
                 deepstack.append(levels)
         return np.concatenate(features), np.concatenate(deepstack, axis=1)

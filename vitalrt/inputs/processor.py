@@ -25,7 +25,8 @@ from PIL import Image
 
 from vitalrt.errors import CheckpointError, InputError
 from vitalrt.inputs.image import ReadOptions, read_image
-from vitalrt.inputs.prompt import Grid, Picture, Prompt
+from vitalrt.inputs.prompt import Picture, Prompt
+from vitalrt.model.rope import Grid
 
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT_RATIO = 200
@@ -138,7 +139,7 @@ class Processor:
         started = time.perf_counter()
         pictures = self.look_at(image, options)
         for picture in pictures:
-            picture.make_patches()
+            picture.patches()
         return self.ask_about(pictures, question, started)
 
     def look_at(self, image: Any, options: ReadOptions) -> list[Picture]:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from vitalrt.errors import InputError
-
-Grid = tuple[int, int, int]
+from vitalrt.model.rope import Grid
 
 
 class Picture:
@@ -37,12 +36,8 @@ class Picture:
     def num_patches(self) -> int:
         return math.prod(self.grid)
 
-    @property
     def patches(self) -> torch.Tensor:
-        """[P, patch_dim]. Whoever finds the image's features by its digest need not ask for them."""
-        return self.make_patches()
-
-    def make_patches(self) -> torch.Tensor:
+        """[P, patch_dim], made at the first call. Who finds the image's features by its digest need not ask."""
         patches = self._patches
         if not isinstance(patches, torch.Tensor):
             patches = self._patches = patches()  # and what they were made from may go
@@ -94,7 +89,7 @@ class Prompt:
 
     @property
     def pixel_values(self) -> torch.Tensor | None:
-        patches = [picture.patches for picture in self.pictures]
+        patches = [picture.patches() for picture in self.pictures]
         return patches[0] if len(patches) == 1 else torch.cat(patches) if patches else None
 
     @property

@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 from vitalrt.api import Model
 from vitalrt.errors import InputError, VitalError
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.prompt import Grid, Prompt
+from vitalrt.inputs.prompt import Prompt
+from vitalrt.model.rope import Grid
 from vitalrt.serve.errors import bad_request
 from vitalrt.serve.images import ImageReader
 from vitalrt.serve.protocol import ChatRequest
