@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import vitalrt
+from vitalrt.api import WORTH_A_THREAD_S
 from vitalrt.api import generate as generate_with_any_model
 from vitalrt.inputs import processor
 
-SALTS = [vitalrt.Terms(), vitalrt.Terms(cache_salt="new")]
 PICTURES = [np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3), dtype=np.uint8) for seed in range(4)]
 
 
@@ -97,7 +98,8 @@ class TestAnswers:
         assert "".join(model.stream(PICTURES[0], "What?", k=1, max_new_tokens=3)) == first.text and len(resized) == 1
         assert ask("What?", "a tenant's").token_ids == first.token_ids and len(resized) == 2
         assert model.prepare(PICTURES[0], "What?").pixel_values is not None and len(resized) == 3
-        asked = [vitalrt.Request(PICTURES[0], "What?", k=1, max_new_tokens=3, terms=terms) for terms in SALTS]
+        salts = [vitalrt.Terms(), vitalrt.Terms(cache_salt="new")]
+        asked = [vitalrt.Request(PICTURES[0], "What?", k=1, max_new_tokens=3, terms=terms) for terms in salts]
         with monkeypatch.context() as patch:  # a batch resizes before the engine is asked, whoever comes first
             patch.setattr(
                 model.engine, "submit", lambda *_: pytest.fail("resized too late") if len(resized) < 4 else 1 / 0
@@ -107,6 +109,26 @@ class TestAnswers:
         # It was kept when the request came, and is gone with all its pages when it is looked at.
         monkeypatch.setattr(model.engine.encoder, "knows", lambda key: True)
         assert ask("What?", "another's").token_ids == first.token_ids and len(resized) == 5
+
+    def test_pictures_are_read_side_by_side_once_one_is_slow(self, model, monkeypatch) -> None:
+        original, readers = processor.read_image, []
+        two_at_once = threading.Barrier(2, timeout=30)
+
+        def read(source, *rest, **named):
+            readers.append(threading.get_ident())
+            if len(readers) == 3:
+                time.sleep(2 * WORTH_A_THREAD_S)
+            elif len(readers) > 3:
+                two_at_once.wait()
+            return original(source, *rest, **named)
+
+        monkeypatch.setattr(processor, "read_image", read)
+        monkeypatch.setattr("vitalrt.api.WORTH_A_THREAD_S", 5.0)
+        model.generate_batch([vitalrt.Request(picture.copy(), "What?", max_new_tokens=1) for picture in PICTURES[:2]])
+        assert set(readers) == {threading.get_ident()}  # quick ones, by the caller alone
+        monkeypatch.setattr("vitalrt.api.WORTH_A_THREAD_S", WORTH_A_THREAD_S)
+        model.generate_batch([vitalrt.Request(picture.copy(), "What?", max_new_tokens=1) for picture in PICTURES[:3]])
+        assert len(readers) == 5 and not {threading.get_ident()} & set(readers[3:])
 
     def test_the_first_picture_that_cannot_be_read_is_named(self, model, tmp_path) -> None:
         paths = [tmp_path / f"{name}.png" for name in ("one", "other")]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitalrt.api import BUNDLED
 from vitalrt.cli import main
 
 DEMO = str(Path(__file__).parents[1] / "examples" / "demo.png")
@@ -139,3 +140,11 @@ def test_dry_run_prints_the_papers_counts(capsys):
     code, out, _ = run(capsys, "train", "vital_8b", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["trainable"] == 1_925_059_840
+
+
+def test_8_bits_are_one_option_of_whatever_loads_a_model(capsys):
+    code, out, _ = run(capsys, "info", "--int8", "--json", "--model", BUNDLED)
+    told = json.loads(out)["model"]
+    assert code == 0 and told["dtype"] == "float32, decoder int8" and "relative error of latents" in told["int8"]
+    code, out, _ = run(capsys, "bench", "--model-cost", "--int8", "--json")
+    assert code == 0 and json.loads(out)["dtype"] == "int8"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
 from pathlib import Path
 
@@ -158,6 +159,12 @@ def test_weights_that_bf16_cannot_hold(make_tiny) -> None:
         weights.copy_(weights.bfloat16())
         weights.flatten()[-1] += 2**-20
     engine = Engine(tiny.model.weights, tiny.model.engine.config, tiny.stop_ids)
+    for weights in tiny.model.weights.decoder.layers.parameters():
+        weights.copy_(weights.bfloat16())
+    narrow = Engine(tiny.model.weights, tiny.model.engine.config, tiny.stop_ids)
+    assert engine.cpu_decoder.num_bytes == pytest.approx(2 * narrow.cpu_decoder.num_bytes, rel=0.05)
+    for weights in tiny.model.weights.decoder.layers.parameters():
+        weights.flatten()[-1] += 2**-20
     results = []
     for step in (engine.cpu_decoder, None):
         sequences = scattered(tiny, engine.cache, [20, 3], seed=0)
@@ -186,6 +193,26 @@ def test_torchs_threads_change_nothing(monkeypatch) -> None:
     for answer, expected in zip(together, alone, strict=True):
         assert answer.token_ids == expected.token_ids
         assert torch.equal(answer.latents, expected.latents)
+
+
+def test_sequences_are_shared_out(monkeypatch) -> None:
+    """Prompts and steps with enough to do start the whole team; here one thread is all of it, and does all of it."""
+    teams = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def start(function, data, num_threads, flags) -> None:
+        teams.append((num_threads, flags))
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(data)
+
+    model = vitalrt.load(device="cpu", cache_tokens=1024, prefix_cache=False)
+    prompts = [vitalrt.Prompt(list(range(1, 40 + n))) for n in range(4)]
+    expected = model.run(prompts, k=2, max_new_tokens=1)
+    monkeypatch.setattr(cpu_decoder, "parallel_address", lambda: ctypes.cast(start, ctypes.c_void_p).value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    answers = model.run(prompts, k=2, max_new_tokens=1)
+    assert teams == [(3, 0)] * 3  # one prefill, two steps
+    for answer, wanted in zip(answers, expected, strict=True):
+        assert torch.equal(answer.latents, wanted.latents)
 
 
 def test_threads_are_torchs_own(monkeypatch, tmp_path) -> None:

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from vitalrt.engine import scheduler
+
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 
 # Faults of a round of activations as a batch of small images has them, once the heap has grown.
@@ -48,6 +50,13 @@ def test_freed_memory_is_used_again() -> None:
     kept, count = faults("keep")
     assert kept == "True"
     assert count < every_page // 20
+
+
+def test_an_engine_on_the_cpu_asks_for_it(tiny, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(scheduler, "keep_freed_memory", lambda: asked.append(True))
+    tiny.load()
+    assert asked
 
 
 @pytest.mark.parametrize(
