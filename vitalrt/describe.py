@@ -19,7 +19,7 @@ from vitalrt.export.runtime import OnnxEngine
 from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import why_not_triton
 from vitalrt_kernels.linear_decode import MAX_ROWS
-from vitalrt_kernels.tuned import cublas_shapes
+from vitalrt_kernels.tuned import CUBLAS, choices
 
 
 def describe_machine() -> dict[str, Any]:
@@ -104,11 +104,10 @@ def _gpu_step(engine: Engine) -> str:
     decoder = engine.model.decoder
     if engine.device_graphs is None:
         return f"in torch: {why_not_device_step(decoder)}"
-    shapes = cublas_shapes(torch.cuda.get_device_name(decoder.embed.weight.device))
-    faster = ", ".join(f"{rows} rows of {outputs} x {width}" for rows, outputs, width in sorted(shapes))
-    return (
-        f"in kernels, captured in CUDA graphs; cuBLAS above {MAX_ROWS} rows, and by tuned.json for {faster or 'none'}"
-    )
+    known = choices(torch.cuda.get_device_name(decoder.embed.weight.device))
+    num_cublas = sum(use == CUBLAS for use in known.values())
+    tuned = f"tuned.json has {len(known)} shapes for this card, {num_cublas} of them for cuBLAS"
+    return f"in kernels, captured in CUDA graphs; cuBLAS above {MAX_ROWS} rows; {tuned}"
 
 
 def _cuda() -> str:

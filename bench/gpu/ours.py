@@ -30,7 +30,7 @@ class Ours:
         caches = torch.zeros(shape, device=self.device, dtype=embed.dtype)
         own = StepWeights(model.decoder)
         self.vision = DeviceVision(model.vision)
-        self.prefill = DevicePrefill(own, *caches, num_deepstack=len(model.config.vision.deepstack_visual_indexes))
+        self.prefill = DevicePrefill(own, *caches, PAGE, len(model.config.vision.deepstack_visual_indexes))
         self.step = DeviceStep(weights or own, *caches, PAGE, num_rows)
         self.graphs = StepGraphs(self.step)
         self.reader = TokenReader(self.step.rows.tokens)
@@ -47,7 +47,7 @@ class Ours:
         image_rows = (prompt.ids == self.config.image_token_id).nonzero().flatten().to(self.device)
         tokens, *deepstack = self.vision(prompt.pixels, [prompt.grid])
         embeddings = self.step.weights.embed[ids].index_copy(0, image_rows, tokens)
-        hidden = self.prefill(embeddings, positions, slots, image_rows, deepstack)
+        [hidden] = self.prefill.begin(embeddings, positions, slots, image_rows, deepstack)
         self.step.place(row, hidden, prompt.num_tokens, prompt.next_position, pages, k, ENDLESS)
 
     def latent_steps(self, count: int) -> None:

@@ -77,5 +77,5 @@ def host_waits(ours: Ours, prompt: Any) -> dict[str, Any]:
 
 def _in_order(num_layers: int) -> list[str]:
     """Names of an answer step's launches, as vitalrt.model_cost calls them."""
-    layer = ["QKV", "RoPE, append", "attention", "O", "gate/up", "down"]
+    layer = ["QKV", "attention", "O", "gate/up", "down"]
     return ["embedding", *layer * num_layers, "final norm", "keep z", "head, argmax", "keep token"]

@@ -13,11 +13,12 @@ from vitalrt_kernels.kv_append import kv_append
 from vitalrt_kernels.latent_projector import ProjectorWeights, latent_projector
 from vitalrt_kernels.linear_decode import Int8Weight, Norm, linear_decode, quantise_int8
 from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
-from vitalrt_kernels.paged_attention import paged_attention
+from vitalrt_kernels.paged_attention import Append, paged_attention
 from vitalrt_kernels.rms_norm import rms_norm
 from vitalrt_kernels.tickets import new_tickets
 
 __all__ = [
+    "Append",
     "Int8Weight",
     "Norm",
     "ProjectorWeights",

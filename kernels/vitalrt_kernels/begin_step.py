@@ -1,10 +1,10 @@
-"""The start of a step: what each sequence is fed, where its key and value go, and its counters, moved on.
+"""The start of a step: what each sequence is fed, and its counters, moved on.
 
-    x = z if it is still thinking, else embed[token];    slot = page of its length;    length += 1
+    x = z if it is still thinking, else embed[token];    position = length + offset;    length += 1
 
 All that tells sequences apart is on the device, so that a step needs nothing from the host and one captured graph
 serves rows of any phase. torch takes about ten launches for these few numbers; fused it is one.
-B rows, d width, P pages per row, E stop tokens.
+B rows, d width, E stop tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from vitalrt_kernels.backend import expect, runs_triton
 
 
 class Rows(NamedTuple):
-    """Where each sequence stands.  All [B] int32 but tokens and pages; a row may stand idle.
+    """Where each sequence stands.  All [B] int32 but tokens; a row may stand idle.
 
     hidden: [B, d], what its last input gave.  tokens: int64, the newest one, of no meaning while it thinks.
     latents_left: latent steps to go.  lengths: its inputs in the cache.  limits: how many there may be; a row whose
-    length has reached its limit is idle.  offsets: M-RoPE position less length.  pages: [B, P], as paged_attention
-    takes them.
+    length has reached its limit is idle.  offsets: M-RoPE position less length.
     """
 
     hidden: torch.Tensor
@@ -31,59 +30,51 @@ class Rows(NamedTuple):
     lengths: torch.Tensor
     limits: torch.Tensor
     offsets: torch.Tensor
-    pages: torch.Tensor
 
 
 class StepInputs(NamedTuple):
-    """x: [B, d].  positions, slots: [B] int64.  reach: [B] int32, the context to attend to, the new input included.
+    """x: [B, d].  positions: [B] int64.  reach: [B] int32, the context to attend to, the new input included.
 
-    Of an idle row: 0, and slot -1.
+    Of an idle row: 0.
     """
 
     x: torch.Tensor
     positions: torch.Tensor
-    slots: torch.Tensor
     reach: torch.Tensor
 
 
-def begin_step_reference(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, page_size: int) -> StepInputs:
+def begin_step_reference(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor) -> StepInputs:
     thinks = rows.latents_left > 0
     stops = ~thinks & torch.isin(rows.tokens, stop_ids)
     runs = (rows.lengths < rows.limits) & ~stops
     embedded = embed[torch.where(runs & ~thinks, rows.tokens, 0)]
     x = torch.where(thinks[:, None], rows.hidden, embedded).masked_fill(~runs[:, None], 0)
-    lengths = torch.where(runs, rows.lengths, 0).long()
-    page = rows.pages.gather(1, lengths[:, None] // page_size)[:, 0]
-    slots = torch.where(runs, page * page_size + lengths % page_size, -1)
-    positions = torch.where(runs, lengths + rows.offsets, 0)
+    positions = torch.where(runs, rows.lengths + rows.offsets, 0).long()
     rows.lengths.add_(runs.int())
     rows.latents_left.sub_((runs & thinks).int())
     rows.limits.masked_fill_(stops, 0)
-    return StepInputs(x, positions, slots, torch.where(runs, rows.lengths, 0))
+    return StepInputs(x, positions, torch.where(runs, rows.lengths, 0))
 
 
-def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, page_size: int) -> StepInputs:
+def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor) -> StepInputs:
     """Counters of rows that run are moved on in place; a row whose token is a stop token becomes idle for good.
 
     embed: [vocab, d], dtype of hidden.  stop_ids: [E] int64.  All contiguous.  rows.tokens of rows that answer: ids.
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """
-    hidden, pages = rows.hidden, rows.pages
-    if hidden.ndim != 2 or pages.ndim != 2 or embed.ndim != 2 or stop_ids.ndim != 1:
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden, pages, embed, stop_ids))
-        raise ValueError(f"hidden, pages, embed, stop_ids: expected [B, d], [B, P], [vocab, d], [E], got {shapes}")
+    hidden = rows.hidden
+    if hidden.ndim != 2 or embed.ndim != 2 or stop_ids.ndim != 1:
+        shapes = ", ".join(str(list(tensor.shape)) for tensor in (hidden, embed, stop_ids))
+        raise ValueError(f"hidden, embed, stop_ids: expected [B, d], [vocab, d], [E], got {shapes}")
     batch, device = len(hidden), hidden.device
     expect("hidden", hidden, hidden.shape, hidden.dtype, device)
     expect("tokens", rows.tokens, (batch,), torch.int64, device)
     for name in ("latents_left", "lengths", "limits", "offsets"):
         expect(name, getattr(rows, name), (batch,), torch.int32, device)
-    expect("pages", pages, (batch, pages.shape[1]), torch.int32, device)
     expect("embed", embed, (len(embed), hidden.shape[1]), hidden.dtype, device)
     expect("stop_ids", stop_ids, stop_ids.shape, torch.int64, device)
-    if page_size < 1:
-        raise ValueError(f"page_size: expected at least 1, got {page_size}")
     if runs_triton(hidden, embed):
         from vitalrt_kernels.gpu import begin_step as gpu
 
-        return gpu.begin_step(rows, embed, stop_ids, page_size)
-    return begin_step_reference(rows, embed, stop_ids, page_size)
+        return gpu.begin_step(rows, embed, stop_ids)
+    return begin_step_reference(rows, embed, stop_ids)

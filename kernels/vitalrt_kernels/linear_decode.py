@@ -142,7 +142,7 @@ def is_for_cublas(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> bool:
     """On a CUDA device."""
     if isinstance(weight, Int8Weight):
         return len(x) > MAX_INT8_ROWS
-    return len(x) > MAX_ROWS or prefers_cublas(x.device, len(x), len(weight), x.shape[1])
+    return len(x) > MAX_ROWS or prefers_cublas(len(x), weight)
 
 
 def check_rows(x: torch.Tensor) -> None:

@@ -2,6 +2,9 @@
 
     o_h = softmax(q_h K^T / sqrt(D)) V    over the positions 0 .. length - 1 of the sequence
 
+With `append` it begins where the QKV projection ends, as norm_rope_append does, and the new token's key and value are
+among those it attends to: a layer of a decode step is then five launches and not six.
+
 A decode step reads each key and value once, a few megabytes spread over few heads: to keep all multiprocessors busy the
 context is split, and to keep it one launch the last split to finish combines them (see tickets). All heads of a group
 share the reads of their key/value head. Lengths and pages live on the device, so one captured graph serves every step.
@@ -10,10 +13,22 @@ B sequences, H query heads, G key/value heads, D head dim, S slots, P pages per 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from vitalrt_kernels.backend import expect, runs_triton, wide
+from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append_reference
 from vitalrt_kernels.tickets import check_tickets
+
+
+class Append(NamedTuple):
+    """norm_weight: [H + G, D].  positions: [B] int64, the same on all axes.  frequencies: [D/2] fp32, as in Rope."""
+
+    norm_weight: torch.Tensor
+    eps: float
+    positions: torch.Tensor
+    frequencies: torch.Tensor
 
 
 def paged_attention_reference(
@@ -23,7 +38,16 @@ def paged_attention_reference(
     pages: torch.Tensor,
     lengths: torch.Tensor,
     page_size: int,
+    append: Append | None = None,
 ) -> torch.Tensor:
+    if append is not None:
+        newest = (lengths.long() - 1).clamp(min=0)
+        page = pages.long().gather(1, newest[:, None] // page_size)[:, 0]
+        slots = torch.where(lengths > 0, page * page_size + newest % page_size, -1)
+        rope = Rope(append.frequencies, torch.zeros_like(append.frequencies, dtype=torch.int64))
+        q = norm_rope_append_reference(
+            q, append.norm_weight, append.eps, append.positions, rope, k_cache, v_cache, slots
+        )
     attended = []
     for row, length in enumerate(lengths.tolist()):
         positions = torch.arange(length, device=q.device)
@@ -43,17 +67,24 @@ def paged_attention(
     lengths: torch.Tensor,
     page_size: int,
     tickets: torch.Tensor,
+    append: Append | None = None,
 ) -> torch.Tensor:
     """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only.  One dtype, all contiguous.  Returns [B, H, D].
 
     pages: [B, P] int32, page p of a sequence holds its positions from p * page_size on; those past its length are not
     read.  lengths: [B] int32, the new token's own position included; an idle row of length 0 gives zeros.
     tickets: [at least B * G], from tickets.new_tickets.
+    append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
+    caches modified: k and v of each row that is not idle go to the slot of its last position.
     Raises ValueError on disagreeing shapes, dtypes or devices.
+    Source: VITAL eq. 1 ("the KV-cache is updated in place").
     """
-    if q.ndim != 3 or k_cache.ndim != 3 or not k_cache.shape[1] or q.shape[1] % k_cache.shape[1] or pages.ndim != 2:
+    is_shaped = q.ndim == 3 and k_cache.ndim == 3 and k_cache.shape[1] > 0 and pages.ndim == 2
+    num_heads = q.shape[1] - (2 * k_cache.shape[1] if append else 0) if is_shaped else 0
+    if not is_shaped or num_heads < 1 or num_heads % k_cache.shape[1]:
         shapes = f"{list(q.shape)}, {list(k_cache.shape)}, {list(pages.shape)}"
-        raise ValueError(f"q, k_cache, pages: expected [B, H, D], [S, G, D], [B, P], G dividing H, got {shapes}")
+        expected = f"[B, {'H + 2 G' if append else 'H'}, D], [S, G, D], [B, P], G dividing H"
+        raise ValueError(f"q, k_cache, pages: expected {expected}, got {shapes}")
     (batch, _, head_dim), (num_slots, num_kv_heads, _) = q.shape, k_cache.shape
     expect("q", q, q.shape, q.dtype, q.device)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
@@ -62,9 +93,15 @@ def paged_attention(
     expect("lengths", lengths, (batch,), torch.int32, q.device)
     if page_size < 1:
         raise ValueError(f"page_size: expected at least 1, got {page_size}")
+    if append is not None:
+        if head_dim % 2:
+            raise ValueError(f"q: expected an even head dim to rotate, got {head_dim}")
+        expect("append.norm_weight", append.norm_weight, (num_heads + num_kv_heads, head_dim), q.dtype, q.device)
+        expect("append.positions", append.positions, (batch,), torch.int64, q.device)
+        expect("append.frequencies", append.frequencies, (head_dim // 2,), torch.float32, q.device)
     check_tickets(tickets, batch * num_kv_heads, q.device)
     if runs_triton(q, k_cache, v_cache):
         from vitalrt_kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets)
-    return paged_attention_reference(q, k_cache, v_cache, pages, lengths, page_size)
+        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append)
+    return paged_attention_reference(q, k_cache, v_cache, pages, lengths, page_size, append)

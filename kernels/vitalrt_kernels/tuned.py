@@ -1,6 +1,10 @@
-"""Where cuBLAS beats linear_decode and head_argmax: a small table by card and shape, as measured, in tuned.json.
+"""How a matrix is multiplied by a few rows on a card: a small table, as measured, in tuned.json.
 
-A card or a shape that is not in it takes the Triton form. `python -m bench.gpu --tune` measures a card's and prints it.
+    {"NVIDIA H200": [{"rows": 1, "outputs": 6144, "inputs": 4096, "weight": "bfloat16", "use": [16, 512, 1, 8]}, ..]}
+
+rows: 1, or 16 for 2 to 16.  outputs, inputs: of the weight as it is stored.  use: a Tile of linear_decode or
+head_argmax, or "cublas". What is not in it takes the tile that these name themselves. `python -m bench.gpu --tune`
+measures a card's and writes them.
 """
 
 from __future__ import annotations
@@ -8,20 +12,73 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 TABLE = Path(__file__).with_name("tuned.json")
+CUBLAS = "cublas"
+
+
+class Tile(NamedTuple):
+    """What a thread block does at once: outputs x columns of a weight, in `warps` warps.
+
+    stages: how many such pieces are on their way, through shared memory; with 1 and one row they go to registers.
+    """
+
+    outputs: int
+    columns: int
+    stages: int
+    warps: int
+
+    def options(self) -> dict[str, int]:
+        """As kernels are launched with."""
+        return {"BLOCK_N": self.outputs, "BLOCK_K": self.columns, "STAGES": self.stages, "num_warps": self.warps}
+
+
+class Shape(NamedTuple):
+    """rows: 1 or 16.  weight: name of its dtype."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    weight: str
+
+    @classmethod
+    def of(cls, num_rows: int, weight: torch.Tensor) -> Shape:
+        """weight: [outputs, inputs]."""
+        outputs, inputs = weight.shape
+        return cls(1 if num_rows == 1 else 16, outputs, inputs, str(weight.dtype).removeprefix("torch."))
+
+
+def entry(shape: Shape, use: Tile | str) -> dict[str, Any]:
+    """As the table has it."""
+    return {**shape._asdict(), "use": use if use == CUBLAS else list(use)}
 
 
 @functools.cache
-def cublas_shapes(card: str) -> frozenset[tuple[int, int, int]]:
-    """(rows, outputs, inputs) at which cuBLAS is known to be faster there; rows are 1, or 16 for 2 to 16."""
-    shapes = json.loads(TABLE.read_text()).get(card, [])
-    return frozenset((rows, outputs, width) for rows, outputs, width in shapes)
+def choices(card: str) -> dict[Shape, Tile | str]:
+    """All that is known of a card."""
+    found: dict[Shape, Tile | str] = {}
+    for row in json.loads(TABLE.read_text()).get(card, []):
+        use = row.pop("use")
+        found[Shape(**row)] = CUBLAS if use == CUBLAS else Tile(*map(int, use))
+    return found
+
+
+def prefers_cublas(num_rows: int, weight: torch.Tensor) -> bool:
+    return _choice(num_rows, weight) == CUBLAS
+
+
+def tuned_tile(num_rows: int, weight: torch.Tensor) -> Tile | None:
+    found = _choice(num_rows, weight)
+    return found if isinstance(found, Tile) else None
+
+
+def _choice(num_rows: int, weight: torch.Tensor) -> Tile | str | None:
+    return choices(_card(weight.device)).get(Shape.of(num_rows, weight)) if weight.is_cuda else None
 
 
 @functools.cache
-def prefers_cublas(device: torch.device, num_rows: int, num_outputs: int, width: int) -> bool:
-    shapes = cublas_shapes(torch.cuda.get_device_name(device))
-    return (1 if num_rows == 1 else 16, num_outputs, width) in shapes
+def _card(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)

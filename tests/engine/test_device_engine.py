@@ -9,6 +9,7 @@ import torch
 
 import vitalrt
 from vitalrt.engine import device_step, scheduler
+from vitalrt.engine.device_prefill import DevicePrefill
 from vitalrt.engine.device_step import DeviceStep, why_not_device_step
 from vitalrt.engine.graphs import TokenReader
 from vitalrt.engine.request import Decoding
@@ -75,6 +76,27 @@ def test_a_prefix_that_is_cached(tiny, load_on_device) -> None:
         answer = model.run([prompt], k=k, max_new_tokens=6)[0]
         assert_alike(answer, tiny.model.run([prompt], k=k, max_new_tokens=6)[0])
     assert answer.usage.cached_tokens > 0
+
+
+def test_what_is_left_of_later_questions_is_one_pass(tiny, load_on_device, monkeypatch) -> None:
+    """Three questions about one image: only their own tokens are computed, all in one call of what is captured."""
+    model, sizes = load_on_device(), []
+    go_on = DevicePrefill.go_on
+    monkeypatch.setattr(DevicePrefill, "go_on", lambda self, x, *rest: (sizes.append(len(x)), go_on(self, x, *rest))[1])
+    base = tiny.prompt(7, [(1, 4, 4)], num_text=14)
+    questions = [
+        vitalrt.Prompt(torch.cat((base.input_ids, torch.tensor(ids))), base.pixel_values, base.image_grid_thw)
+        for ids in ([1, 2], [3, 4, 5, 6, 7, 8, 9], [2])
+    ]
+    asked = {"k": [2, 0, 3], "max_new_tokens": 6, "return_logits": True}
+    model.run([base], k=1, max_new_tokens=1)
+    held = base.num_tokens // model.engine.cache.page_size * model.engine.cache.page_size
+    assert sizes == [], "a lone prompt is begun"
+    answers = model.run(questions, **asked)
+    assert sizes == [sum(question.num_tokens - held for question in questions)]
+    assert [answer.usage.cached_tokens for answer in answers] == [held] * 3
+    for got, alone in zip(answers, tiny.model.run(questions, **asked), strict=True):
+        assert_alike(got, alone)
 
 
 def test_a_token_is_looked_at_when_the_next_step_is_under_way(tiny, load_on_device, monkeypatch) -> None:

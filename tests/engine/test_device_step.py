@@ -32,7 +32,7 @@ class DeviceRun:
         step_weights = StepWeights(weights.decoder)
         self.vision = DeviceVision(weights.vision)
         num_deepstack = len(config.vision.deepstack_visual_indexes)
-        self.prefill = DevicePrefill(step_weights, *self.caches, num_deepstack)
+        self.prefill = DevicePrefill(step_weights, *self.caches, PAGE, num_deepstack)
         self.step = DeviceStep(StepWeights(weights.decoder, **options), *self.caches, PAGE, BATCH, stop_ids)
         self.graphs = StepGraphs(self.step)
         self.reader = TokenReader(self.step.rows.tokens)
@@ -48,7 +48,7 @@ class DeviceRun:
         if prompt.pixel_values is not None:
             tokens, *deepstack = self.vision(prompt.pixel_values, prompt.grids())
             x = x.index_copy(0, image_rows, tokens)
-        hidden = self.prefill(x, positions, slots, image_rows if deepstack else None, deepstack)
+        [hidden] = self.prefill.begin(x, positions, slots, image_rows if deepstack else None, deepstack)
         self.step.place(row, hidden, prompt.num_tokens, next_position, pages, k, limit)
 
 
@@ -177,10 +177,9 @@ def test_the_host_reads_nothing_of_the_device(tiny, monkeypatch: pytest.MonkeyPa
     shape = (2, decoder.config.num_hidden_layers, PAGE * PAGES, decoder.config.num_key_value_heads)
     caches = torch.empty(*shape, decoder.config.head_dim, device="meta")
     step = DeviceStep(StepWeights(decoder), *caches, PAGE, BATCH, stop_ids=[3])
-    # Its reference reads lengths and its Triton form does not; of norm_rope_append the same is true of slots.
-    monkeypatch.setattr(device_step, "paged_attention", lambda q, *others: torch.empty_like(q))
+    # Its reference reads lengths, and its Triton form does not.
     monkeypatch.setattr(
-        device_step, "norm_rope_append", lambda qkv, *others: qkv[:, : decoder.config.num_attention_heads].contiguous()
+        device_step, "paged_attention", lambda qkv, *others: qkv[:, : decoder.config.num_attention_heads].contiguous()
     )
     step.place(0, step.rows.hidden[0], 5, 9, torch.zeros(3, dtype=torch.int32), k=2, limit=20)
     step.think(2)

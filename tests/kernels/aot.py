@@ -24,8 +24,11 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import vitalrt_kernels.gpu
+from vitalrt_kernels.gpu import overlap
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+CUDA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+WAIT = "ACQBULK"  # griddepcontrol.wait, as machine code
+GLOBAL_ACCESS = re.compile(r"\b(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG)(\.|\s)")
 d, INTERMEDIATE, VOCAB, H, G, D = 4096, 12288, 151936, 32, 8, 128
 FEATURES = 1152  # of MedSigLIP
 SLOTS, PAGE = 32768, 16
@@ -69,8 +72,8 @@ def launch_begin_step(rows: int) -> None:
     from vitalrt_kernels.gpu import begin_step as gpu
 
     counters = [meta(rows, dtype=torch.int32) for _ in range(4)]
-    pages, tokens = meta(rows, SLOTS // PAGE, dtype=torch.int32), meta(rows, dtype=torch.int64)
-    gpu.begin_step(Rows(meta(rows, d), tokens, *counters, pages), meta(VOCAB, d), meta(2, dtype=torch.int64), PAGE)
+    state = Rows(meta(rows, d), meta(rows, dtype=torch.int64), *counters)
+    gpu.begin_step(state, meta(VOCAB, d), meta(2, dtype=torch.int64))
 
 
 def launch_rms_norm() -> None:
@@ -130,10 +133,18 @@ def launch_norm_rope_append(rows: int) -> None:
 
 def launch_paged_attention(rows: int) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
+    from vitalrt_kernels.paged_attention import Append
 
     pages, lengths = meta(rows, SLOTS // PAGE, dtype=torch.int32), meta(rows, dtype=torch.int32)
     tickets = meta(rows * G, dtype=torch.int32)
-    gpu.paged_attention(meta(rows, H, D), meta(SLOTS, G, D), meta(SLOTS, G, D), pages, lengths, PAGE, tickets)
+    caches = meta(SLOTS, G, D), meta(SLOTS, G, D)
+    gpu.paged_attention(meta(rows, H, D), *caches, pages, lengths, PAGE, tickets, None)
+    append = Append(meta(H + G, D), 1e-6, meta(rows, dtype=torch.int64), meta(D // 2, dtype=torch.float32))
+    gpu.paged_attention(meta(rows, H + 2 * G, D), *caches, pages, lengths, PAGE, tickets, append)
+
+
+def _say(tool: str, *arguments: str) -> str:
+    return subprocess.run([CUDA_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def main(capabilities: list[int]) -> None:
@@ -152,12 +163,15 @@ def main(capabilities: list[int]) -> None:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
             cubin.flush()
-            usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-        rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage.stdout)}
+            usage, code = _say("cuobjdump", "-res-usage", cubin.name), _say("nvdisasm", cubin.name)
+        rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+        before, waits, _ = code.partition(WAIT)
+        rows[-1] |= {"waits": bool(waits), "accesses_before": len(GLOBAL_ACCESS.findall(before))}
 
     JITFunction.run = compile_only
     for capability in capabilities:
         driver.set_active(NamedArchitecture(capability))
+        overlap.can_overlap = lambda device, capability=capability: capability >= 90
         launch_all()
     print(json.dumps({"kernels": list(targets), "rows": rows}))
 

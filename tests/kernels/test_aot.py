@@ -15,6 +15,8 @@ import pytest
 # Per multiprocessor: registers, shared memory in bytes, threads (CUDA C programming guide, compute capabilities).
 LIMITS = {80: (65536, 164 * 1024, 2048), 90: (65536, 228 * 1024, 2048), 120: (65536, 100 * 1024, 1536)}
 
+TRAINED = {"_layer_norm", "_layer_norm_backward", "_gelu_residual", "_gelu_residual_backward"}  # launched in turn
+
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, Any]:
@@ -39,6 +41,14 @@ def test_no_kernel_spills(compiled: dict[str, Any]) -> None:
 def test_occupancy(compiled: dict[str, Any]) -> None:
     rows = [row | {"fits": _blocks_that_fit(row)} for row in compiled["rows"]]
     assert [row for row in rows if row["fits"] < row["blocks_per_sm"]] == []
+
+
+def test_kernels_of_a_step_wait_before_they_touch_anything(compiled: dict[str, Any]) -> None:
+    """Read off the machine code: an overlapping launch may run beside the one before it until it waits."""
+    steps = [row for row in compiled["rows"] if row["kernel"] not in TRAINED]
+    assert [row for row in steps if row["waits"] != (row["capability"] >= 90)] == []
+    assert [row for row in steps if row["waits"] and row["accesses_before"]] == []
+    assert all(row["accesses_before"] for row in steps if not row["waits"]), "the pattern finds accesses"
 
 
 def _blocks_that_fit(row: dict[str, Any]) -> int:

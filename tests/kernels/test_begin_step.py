@@ -5,21 +5,20 @@ import torch
 
 from vitalrt_kernels.begin_step import Rows, begin_step, begin_step_reference
 
-PAGE, VOCAB, STOP_IDS = 4, 37, [5, 30, 7]
+VOCAB, STOP_IDS = 37, [5, 30, 7]
 # latents left, length, limit, token: thinking, at its limit, answering, stopped, thinking over a stop token, new, past.
 CASES = [(3, 9, 12, 1), (2, 12, 12, 1), (0, 8, 20, 36), (0, 3, 20, 30), (1, 7, 8, 5), (0, 0, 1, 0), (0, 11, 9, 5)]
 
 
-def random_case(width: int, dtype: torch.dtype, device: str) -> tuple[Rows, torch.Tensor, torch.Tensor, int]:
+def random_case(width: int, dtype: torch.dtype, device: str) -> tuple[Rows, torch.Tensor, torch.Tensor]:
     torch.manual_seed(width)
     numbers = torch.tensor(CASES, dtype=torch.int32, device=device).T.contiguous()
     latents_left, lengths, limits, tokens = numbers.unbind()
     batch = len(CASES)
     hidden, embed = torch.randn(batch, width), torch.randn(VOCAB, width)
-    pages = torch.randint(0, 1000, (batch, 5), dtype=torch.int32, device=device)
     offsets = torch.randint(-8, 3, (batch,), dtype=torch.int32, device=device)
-    rows = Rows(hidden.to(device, dtype), tokens.long(), latents_left, lengths, limits, offsets, pages)
-    return rows, embed.to(device, dtype), torch.tensor(STOP_IDS, device=device), PAGE
+    rows = Rows(hidden.to(device, dtype), tokens.long(), latents_left, lengths, limits, offsets)
+    return rows, embed.to(device, dtype), torch.tensor(STOP_IDS, device=device)
 
 
 def copied(rows: Rows) -> Rows:
@@ -33,10 +32,10 @@ def test_kernel(dtype: torch.dtype, width: int, num_stops: int, device: str, mon
     from vitalrt_kernels.gpu import begin_step as gpu
 
     monkeypatch.setattr(gpu, "MAX_BLOCK", 64)  # so that a wide row takes several rounds
-    rows, embed, stop_ids, page = random_case(width, dtype, device)
+    rows, embed, stop_ids = random_case(width, dtype, device)
     expected_rows = copied(rows)
-    expected = begin_step_reference(expected_rows, embed, stop_ids[:num_stops], page)
-    actual = gpu.begin_step(rows, embed, stop_ids[:num_stops], page)
+    expected = begin_step_reference(expected_rows, embed, stop_ids[:num_stops])
+    actual = gpu.begin_step(rows, embed, stop_ids[:num_stops])
     for name, ours, theirs in zip(
         actual._fields + rows._fields, (*actual, *rows), (*expected, *expected_rows), strict=True
     ):
@@ -44,39 +43,35 @@ def test_kernel(dtype: torch.dtype, width: int, num_stops: int, device: str, mon
 
 
 def test_what_each_row_is_fed() -> None:
-    rows, embed, stop_ids, page = random_case(8, torch.float32, "cpu")
+    rows, embed, stop_ids = random_case(8, torch.float32, "cpu")
     before = copied(rows)
-    x, positions, slots, reach = begin_step(rows, embed, stop_ids, page)
+    x, positions, reach = begin_step(rows, embed, stop_ids)
     runs = [True, False, True, False, True, True, False]
     for row, (latents_left, length, limit, token) in enumerate(CASES):
         if runs[row]:
             assert torch.equal(x[row], before.hidden[row] if latents_left else embed[token])
-            assert slots[row] == before.pages[row, length // PAGE] * PAGE + length % PAGE
             assert positions[row] == length + before.offsets[row]
         else:
-            assert not x[row].any() and slots[row] == -1 and positions[row] == 0
+            assert not x[row].any() and positions[row] == 0
         assert reach[row] == (length + 1 if runs[row] else 0)
         assert rows.lengths[row] == length + runs[row]
         assert rows.latents_left[row] == latents_left - (runs[row] and latents_left > 0)
         assert rows.limits[row] == (0 if not latents_left and token in STOP_IDS else limit)
-    again = begin_step(rows._replace(tokens=torch.ones_like(rows.tokens)), embed, stop_ids, page)
-    assert again.slots[3] == -1, "a row that has stopped stays idle, whatever token it is given"
+    again = begin_step(rows._replace(tokens=torch.ones_like(rows.tokens)), embed, stop_ids)
+    assert again.reach[3] == 0, "a row that has stopped stays idle, whatever token it is given"
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"hidden": torch.ones(7)}, "hidden, pages, embed, stop_ids: expected"),
+        ({"hidden": torch.ones(7)}, "hidden, embed, stop_ids: expected"),
         ({"hidden": torch.ones(7, 8).half()}, "embed: expected"),
         ({"tokens": torch.ones(7, dtype=torch.int32)}, "tokens: expected"),
         ({"lengths": torch.ones(7, dtype=torch.int64)}, "lengths: expected"),
         ({"limits": torch.ones(6, dtype=torch.int32)}, "limits: expected"),
-        ({"pages": torch.ones(6, 5, dtype=torch.int32)}, "pages: expected"),
     ],
 )
 def test_bad_arguments(changes: dict[str, torch.Tensor], says: str) -> None:
     rows, *others = random_case(8, torch.float32, "cpu")
     with pytest.raises(ValueError, match=says):
         begin_step(rows._replace(**changes), *others)
-    with pytest.raises(ValueError, match="page_size: expected"):
-        begin_step(rows, *others[:2], 0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vitalrt_kernels import decode_attention
-from vitalrt_kernels.paged_attention import paged_attention, paged_attention_reference
+from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
+from vitalrt_kernels.paged_attention import Append, paged_attention, paged_attention_reference
 from vitalrt_kernels.tickets import new_tickets
 
 PAGE = 4
@@ -42,8 +43,59 @@ def test_kernel(dtype, lengths, heads, device, assert_close, monkeypatch) -> Non
     tickets = new_tickets(len(lengths) * heads[1], device)
     expected = paged_attention_reference(*[x.double() for x in case[:3]], *case[3:])
     for _ in range(2):  # the second launch finds the tickets as the first left them
-        assert_close("paged_attention", gpu.paged_attention(*case, tickets), expected)
+        assert_close("paged_attention", gpu.paged_attention(*case, tickets, None), expected)
     assert not bool(tickets.any())
+
+
+def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str):
+    """As random_case, with q, k and v as projected, and NaN where the new keys and values are to go."""
+    _, *caches, pages, row_lengths, page_size = random_case(lengths, heads, kv_heads, head_dim, dtype, device)
+    for row, length in enumerate(lengths):
+        if length:
+            slot = int(pages[row, (length - 1) // PAGE]) * PAGE + (length - 1) % PAGE
+            for cache in caches:
+                cache[slot] = float("nan")
+    qkv = (3 * torch.randn(len(lengths), heads + 2 * kv_heads, head_dim)).to(device, dtype)
+    norm = (1 + torch.randn(heads + kv_heads, head_dim) / 4).to(device, dtype)
+    positions = torch.randint(0, 2**18, (len(lengths),), device=device)
+    frequencies = (1e-4 ** torch.linspace(0, 1, head_dim // 2)).to(device)
+    return (qkv, *caches, pages, row_lengths, page_size), Append(norm, 1e-6, positions, frequencies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("lengths", "heads"),
+    [([1], (8, 2, 16)), ([257], (4, 1, 128)), ([5, 0, 131, 64], (6, 2, 24)), ([65, 3], (3, 3, 10)), ([90], (34, 2, 8))],
+)
+def test_kernel_that_appends(dtype, lengths, heads, device, assert_close) -> None:
+    from vitalrt_kernels.gpu import paged_attention as gpu
+
+    if dtype == torch.bfloat16 and device == "cpu":
+        pytest.skip("the interpreter's bf16 tl.dot is wrong")
+    case, append = append_case(lengths, *heads, dtype, device)
+    exact = [x.double() if x.is_floating_point() else x for x in case[:5]]
+    expected = paged_attention_reference(*exact, PAGE, append._replace(norm_weight=append.norm_weight.double()))
+    before = [cache.clone() for cache in case[1:3]]
+    tickets = new_tickets(len(lengths) * heads[1], device)
+    assert_close("paged_attention", gpu.paged_attention(*case, tickets, append), expected)
+    for cache, old, wide in zip(case[1:3], before, exact[1:3], strict=True):
+        was_written = old.isnan().all(-1).all(-1) & ~wide.isnan().any(-1).any(-1)
+        assert int(was_written.sum()) == sum(length > 0 for length in lengths)
+        assert_close("norm_rope_append", cache[was_written], wide[was_written])
+        others = ~was_written
+        assert torch.equal(cache[others].nan_to_num(7), old[others].nan_to_num(7)), "only the new slots are written"
+
+
+def test_appending_is_norm_rope_append_and_then_attention() -> None:
+    case, append = append_case([9, 0, 4], 6, 2, 8, torch.float32, "cpu")
+    qkv, k_cache, v_cache, pages, lengths, page_size = case
+    caches = k_cache.clone(), v_cache.clone()
+    rope = Rope(append.frequencies, torch.zeros(4, dtype=torch.int64))
+    slots = torch.tensor([int(pages[0, 2]) * PAGE, -1, int(pages[2, 0]) * PAGE + 3])
+    q = norm_rope_append(qkv, append.norm_weight, append.eps, append.positions, rope, *caches, slots)
+    apart = paged_attention(q, *caches, pages, lengths, page_size, new_tickets(6, "cpu"))
+    assert torch.equal(paged_attention(*case, new_tickets(6, "cpu"), append), apart)
+    assert torch.equal(k_cache.nan_to_num(7), caches[0].nan_to_num(7)) and bool(k_cache[slots[::2]].isfinite().all())
 
 
 def test_splits_are_used(device: str) -> None:
@@ -80,3 +132,19 @@ def test_bad_arguments(index: int, bad: torch.Tensor, says: str) -> None:
         paged_attention(*case, new_tickets(4, "cpu"))
     with pytest.raises(ValueError, match="tickets: expected"):
         paged_attention(*random_case([9, 9], 6, 2, 8, torch.float32, "cpu"), new_tickets(3, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"norm_weight": torch.ones(6, 8)}, "append.norm_weight: expected"),
+        ({"positions": torch.ones(2, dtype=torch.int32)}, "append.positions: expected"),
+        ({"frequencies": torch.ones(8)}, "append.frequencies: expected"),
+    ],
+)
+def test_bad_append(changes: dict[str, torch.Tensor], says: str) -> None:
+    case, append = append_case([9, 9], 6, 2, 8, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=says):
+        paged_attention(*case, new_tickets(4, "cpu"), append._replace(**changes))
+    with pytest.raises(ValueError, match=r"H \+ 2 G"):
+        paged_attention(case[0][:, :4].contiguous(), *case[1:], new_tickets(4, "cpu"), append)

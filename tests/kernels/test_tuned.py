@@ -2,27 +2,66 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
 
 from vitalrt_kernels import tuned
+from vitalrt_kernels.tuned import CUBLAS, Shape, Tile
 
 
-def test_the_table_is_read_by_card_and_shape(tmp_path, monkeypatch) -> None:
-    (tmp_path / "tuned.json").write_text(json.dumps({"card": [[1, 64, 32], [16, 8, 32]]}))
+@pytest.fixture
+def write_table(tmp_path, monkeypatch):
+    """write_table({card: [entry, ..]}): the table of this test."""
     monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
-    tuned.cublas_shapes.cache_clear()
-    tuned.prefers_cublas.cache_clear()
-    try:
-        device = torch.device("cuda")
-        assert tuned.prefers_cublas(device, 1, 64, 32) and tuned.prefers_cublas(device, 2, 8, 32)
-        assert not tuned.prefers_cublas(device, 2, 64, 32) and not tuned.prefers_cublas(device, 1, 64, 33)
-        assert not tuned.cublas_shapes("another")
-    finally:
-        tuned.cublas_shapes.cache_clear()
-        tuned.prefers_cublas.cache_clear()
+
+    def write(table: dict) -> None:
+        tuned.TABLE.write_text(json.dumps(table))
+        tuned.choices.cache_clear()
+
+    yield write
+    tuned.choices.cache_clear()
+
+
+class OnCard:
+    """A weight as the table looks at it."""
+
+    is_cuda, device = True, "cuda:0"
+
+    def __init__(self, outputs: int, inputs: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = (outputs, inputs), dtype
+
+
+def test_the_table_is_read_by_card_and_shape(write_table, monkeypatch) -> None:
+    tile = Tile(8, 512, stages=3, warps=4)
+    entries = [
+        tuned.entry(Shape(1, 64, 32, "bfloat16"), CUBLAS),
+        tuned.entry(Shape(16, 64, 32, "bfloat16"), tile),
+        tuned.entry(Shape(1, 64, 32, "int8"), tile),
+    ]
+    write_table({"card": entries})
+    monkeypatch.setattr(tuned, "_card", lambda device: "card")
+    weight, int8 = OnCard(64, 32), OnCard(64, 32, torch.int8)
+    assert tuned.prefers_cublas(1, weight) and tuned.tuned_tile(1, weight) is None
+    assert not tuned.prefers_cublas(2, weight) and tuned.tuned_tile(2, weight) == tuned.tuned_tile(16, weight) == tile
+    assert tuned.tuned_tile(1, int8) == tile and tuned.tuned_tile(2, int8) is None
+    assert not tuned.prefers_cublas(1, OnCard(64, 33)) and tuned.tuned_tile(2, OnCard(63, 32)) is None
+    assert tuned.choices("another") == {}
+
+
+def test_a_cpu_has_no_table(monkeypatch) -> None:
+    monkeypatch.setattr(tuned, "choices", None)
+    assert tuned.tuned_tile(1, torch.ones(2, 2)) is None and not tuned.prefers_cublas(1, torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(("bad", "error"), [({"use": "cuda"}, ValueError), ({"use": [1] * 3}, TypeError), ({"x": 1}, TypeError)])
+def test_an_entry_that_is_none_is_an_error(write_table, bad: dict, error: type[Exception]) -> None:
+    good = {"rows": 1, "outputs": 2, "inputs": 3, "weight": "int8", "use": CUBLAS}
+    write_table({"card": [good], "other": [good | bad]})
+    assert len(tuned.choices("card")) == 1
+    with pytest.raises(error):
+        tuned.choices("other")
 
 
 def test_the_table_in_the_repository_is_well_formed() -> None:
-    for shapes in json.loads(tuned.TABLE.read_text()).values():
-        assert all(len(shape) == 3 and shape[0] in (1, 16) for shape in shapes)
+    for card in json.loads(tuned.TABLE.read_text()):
+        assert all(shape.rows in (1, 16) for shape in tuned.choices(card))

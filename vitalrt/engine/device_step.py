@@ -19,6 +19,7 @@ from torch import nn
 from vitalrt.model.decoder import Decoder, DecoderLayer
 from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import (
+    Append,
     Int8Weight,
     Norm,
     Rope,
@@ -27,7 +28,6 @@ from vitalrt_kernels import (
     head_argmax,
     linear_decode,
     new_tickets,
-    norm_rope_append,
     paged_attention,
     quantise_int8,
     rms_norm,
@@ -97,26 +97,26 @@ class StepWeights:
         ]
 
 
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the CPU's as it can be copied to this device without waiting for what runs there."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
 def run_layer(
     weights: StepWeights,
     layer: int,
     x: torch.Tensor,
-    positions: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slots: torch.Tensor,
     attend: Callable[[int, torch.Tensor], torch.Tensor],
     rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x: [T, d].  positions: [3, T] or [T], slots: [T]: as norm_rope_append takes them, which writes keys and values.
+    """x: [T, d].
 
-    attend(layer, q [T, H, D]) gives [T, H, D].  rows: whose result is wanted; None for all.
+    attend(layer, qkv [T, H + 2 G, D], as projected) stores keys and values and gives [T, H, D].  rows: whose result is
+    wanted; None for all.
     """
     w, config = weights.layers[layer], weights.config
     qkv = linear_decode(x, w.qkv, Norm(w.input_norm, weights.eps)).view(len(x), -1, config.head_dim)
-    caches = k_cache[layer], v_cache[layer]
-    q = norm_rope_append(qkv, w.qk_norm, weights.eps, positions, weights.rope, *caches, slots)
-    attended = attend(layer, q).reshape(len(x), config.num_attention_heads * config.head_dim)
+    attended = attend(layer, qkv).reshape(len(x), config.num_attention_heads * config.head_dim)
     if rows is not None:
         x, attended = x[rows], attended[rows]
     x = linear_decode(attended, w.o, residual=x)
@@ -128,6 +128,7 @@ class DeviceStep:
     """Rows 0 .. max_batch - 1, their state, and the step over the first few of them.
 
     rows: vitalrt_kernels.Rows of all of them; hidden is z while a row thinks, else what its next token is taken from.
+    pages: [max_batch, P] int32, as paged_attention takes them.
     latents: [max K, d], z_1 .. of row 0 where think() was used.
     """
 
@@ -154,8 +155,8 @@ class DeviceStep:
             lengths=lengths,
             limits=limits,
             offsets=offsets,
-            pages=torch.zeros(max_batch, num_pages, dtype=torch.int32, device=device),
         )
+        self.pages = torch.zeros(max_batch, num_pages, dtype=torch.int32, device=device)
         self.latents = weights.embed.new_zeros(max_latents, weights.config.hidden_size)
         self._tickets = new_tickets(max_batch * weights.config.num_key_value_heads, device)
 
@@ -170,7 +171,7 @@ class DeviceStep:
         """
         rows = self.rows
         rows.hidden[row].copy_(hidden)
-        rows.pages[row, : len(pages)].copy_(pages, non_blocking=True)
+        self.pages[row, : len(pages)].copy_(pages, non_blocking=True)
         rows.latents_left[row : row + 1].fill_(k)
         rows.lengths[row : row + 1].fill_(num_tokens)
         rows.limits[row : row + 1].fill_(limit)
@@ -195,19 +196,17 @@ class DeviceStep:
         """
         rows, num_rows = self.rows, len(hidden)
         rows.hidden[:num_rows].copy_(hidden)
-        rows.pages[:num_rows, : pages.shape[1]].copy_(self._pinned(pages), non_blocking=True)
+        self.pages[:num_rows, : pages.shape[1]].copy_(pinned(pages, self.k_cache.device), non_blocking=True)
         offsets = [position - length for position, length in zip(positions, lengths, strict=True)]
         counters = (rows.lengths, rows.offsets, rows.latents_left, rows.limits)
         for counter, values in zip(counters, (lengths, offsets, latents_left, limits), strict=True):
-            counter[:num_rows].copy_(self._pinned(torch.tensor(values, dtype=torch.int32)), non_blocking=True)
+            told = pinned(torch.tensor(values, dtype=torch.int32), self.k_cache.device)
+            counter[:num_rows].copy_(told, non_blocking=True)
         rows.limits[num_rows:].zero_()
 
     def tell(self, tokens: Many[int]) -> None:
         """Newest tokens of the first rows, as the host chose them; of no meaning where a row thinks."""
-        self.rows.tokens[: len(tokens)].copy_(self._pinned(torch.tensor(tokens)), non_blocking=True)
-
-    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory() if self.k_cache.device.type == "cuda" else tensor
+        self.rows.tokens[: len(tokens)].copy_(pinned(torch.tensor(tokens), self.k_cache.device), non_blocking=True)
 
     def clear(self, row: int) -> None:
         """Leave a row idle."""
@@ -224,14 +223,15 @@ class DeviceStep:
         answers: whether any of them answers after this step. If not, neither head nor sampling is run.
         """
         weights, rows = self.weights, Rows(*[tensor[:num_rows] for tensor in self.rows])
-        x, positions, slots, reach = begin_step(rows, weights.embed, self.stop_ids, self.page_size)
+        x, positions, reach = begin_step(rows, weights.embed, self.stop_ids)
 
-        def attend(layer: int, q: torch.Tensor) -> torch.Tensor:
-            caches = self.k_cache[layer], self.v_cache[layer]
-            return paged_attention(q, *caches, rows.pages, reach, self.page_size, self._tickets)
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            append = Append(weights.layers[layer].qk_norm, weights.eps, positions, weights.rope.frequencies)
+            caches, pages = (self.k_cache[layer], self.v_cache[layer]), self.pages[:num_rows]
+            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append)
 
         for layer in range(len(weights.layers)):
-            x = run_layer(weights, layer, x, positions, self.k_cache, self.v_cache, slots, attend)
+            x = run_layer(weights, layer, x, attend)
         hidden = rms_norm(x, weights.norm, weights.eps)
         assert isinstance(hidden, torch.Tensor)
         rows.hidden.copy_(hidden)

@@ -80,7 +80,7 @@ class Engine:
             device_step = DeviceStep(step_weights, *caches, self.cache.page_size, config.max_batch)
             self.device_graphs = StepGraphs(device_step)
             self._look_ahead = LookAhead(self.device_graphs)
-            self.device_prefill = DevicePrefill(step_weights, *caches, num_deepstack)
+            self.device_prefill = DevicePrefill(step_weights, *caches, self.cache.page_size, num_deepstack)
         nobody = weight.new_empty(0, model.config.decoder.hidden_size)
         self._nobody = RunningBatch([], nobody, self.device_graphs)
         self._batch = self._nobody

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder
-from vitalrt.engine.device_prefill import DevicePrefill
+from vitalrt.engine.device_prefill import MAX_LEFT, DevicePrefill
 from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder
 from vitalrt.engine.sequence import Image, Sequence
@@ -37,6 +37,11 @@ class Chunk:
     @property
     def stop(self) -> int:
         return self.sequence.num_tokens + self.count
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """[count] int64, where their keys and values go."""
+        return self.sequence.slots[self.start : self.stop]
 
     @property
     def images(self) -> list[Image]:
@@ -66,7 +71,8 @@ def prefill(
 ) -> torch.Tensor:
     """Feed each chunk to its sequence, packed without padding, and append its keys and values to the cache.
 
-    cpu_decoder: takes the torch decoder's place where no chunk is long; device_prefill, for one that begins anew.
+    cpu_decoder: takes the torch decoder's place where no chunk is long; device_prefill, for one that begins anew, and
+    for few tokens of any.
     Returns [B, d]: the hidden state of each chunk's last token after the final norm. At the end of a prompt that is z_0
     (VITAL section 3.1).
     """
@@ -87,8 +93,15 @@ def prefill(
         )
     elif device_prefill is not None and len(chunks) == 1 and not chunks[0].start:
         slots = chunks[0].sequence.slots[: chunks[0].stop]
-        positions = inputs.positions
-        hidden = device_prefill(inputs.embeddings, positions, slots, inputs.image_rows, inputs.deepstack)[None].clone()
+        images = inputs.image_rows, inputs.deepstack
+        hidden = device_prefill.begin(inputs.embeddings, inputs.positions, slots, *images).clone()
+    elif device_prefill is not None and sum(counts) <= MAX_LEFT:
+        images = inputs.image_rows, inputs.deepstack
+        slots = torch.cat([chunk.slots for chunk in chunks])
+        pages = _page_rows([chunk.sequence for chunk in chunks]).repeat_interleave(torch.tensor(counts), dim=0)
+        reach = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks]).int() + 1
+        by_token = device_prefill.go_on(inputs.embeddings, inputs.positions, slots, pages, reach, *images)
+        hidden = torch.stack([rows[-1] for rows in by_token.split(counts)])
     else:
         attend = PrefillAttention(cache, chunks)
         last = torch.tensor(counts, device=device).cumsum(0) - 1
@@ -136,7 +149,7 @@ class PrefillAttention:
 
     def __init__(self, cache: PagedCache, chunks: Many[Chunk]) -> None:
         self.cache, self.chunks = cache, chunks
-        self.slots = torch.cat([chunk.sequence.slots[chunk.start : chunk.stop] for chunk in chunks])
+        self.slots = torch.cat([chunk.slots for chunk in chunks])
         device = cache.k.device
         # Who begins with this chunk needs no mask but "causal"; the others see all before it as well.
         self.masks = [
@@ -214,17 +227,13 @@ class RunningBatch:
     def _load(self, device_graphs: StepGraphs) -> None:
         if not self.sequences:
             return
-        longest = max(len(sequence.pages) for sequence in self.sequences)
-        pages = torch.zeros(len(self.sequences), longest, dtype=torch.int32)
-        for row, sequence in zip(pages, self.sequences, strict=True):
-            row[: len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
         device_graphs.device_step.load(
             self.hidden,
             [sequence.num_tokens for sequence in self.sequences],
             [sequence.position for sequence in self.sequences],
             [sequence.num_latents_left for sequence in self.sequences],
             [sequence.capacity for sequence in self.sequences],
-            pages,
+            _page_rows(self.sequences),
         )
 
     def step(
@@ -273,6 +282,14 @@ def _slot_rows(sequences: Many[Sequence], device: torch.device) -> torch.Tensor:
     rows = torch.zeros(len(sequences), longest, dtype=torch.int64, device=device)
     for row, sequence in zip(rows, sequences, strict=True):
         row[: len(sequence.slots)] = sequence.slots
+    return rows
+
+
+def _page_rows(sequences: Many[Sequence]) -> torch.Tensor:
+    """[B, P] int32, on the CPU: the pages of each sequence, zeros after the end of the shorter ones."""
+    rows = torch.zeros(len(sequences), max(len(sequence.pages) for sequence in sequences), dtype=torch.int32)
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[: len(sequence.pages)] = torch.tensor(sequence.pages, dtype=torch.int32)
     return rows
 
 

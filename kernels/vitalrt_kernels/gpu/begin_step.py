@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from vitalrt_kernels.begin_step import Rows, StepInputs
+from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 
 BLOCKS_PER_SM = {"_begin_step_kernel": 8}
 MAX_BLOCK = 4096
@@ -12,11 +13,12 @@ MAX_BLOCK = 4096
 
 @triton.jit
 def _begin_step_kernel(
-    hidden_ptr, tokens_ptr, latents_left_ptr, lengths_ptr, limits_ptr, offsets_ptr, pages_ptr, embed_ptr, stop_ptr,
-    x_ptr, positions_ptr, slots_ptr, reach_ptr, width, num_pages, num_stops,
-    PAGE_SIZE: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr,
+    hidden_ptr, tokens_ptr, latents_left_ptr, lengths_ptr, limits_ptr, offsets_ptr, embed_ptr, stop_ptr,
+    x_ptr, positions_ptr, reach_ptr, width, num_stops,
+    STOPS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """STOPS: num_stops or the next power of two."""
+    wait_for_previous(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     latents_left = tl.load(latents_left_ptr + row)
     length = tl.load(lengths_ptr + row)
@@ -29,7 +31,6 @@ def _begin_step_kernel(
     runs = (length < limit) & (stops == 0)
     num_thought = tl.where(runs & thinks, width, 0)
     num_embedded = tl.where(runs & (thinks == 0), width, 0)
-    page = tl.load(pages_ptr + row * num_pages + length // PAGE_SIZE, mask=runs, other=0).to(tl.int64)
     position = length + tl.load(offsets_ptr + row)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -37,7 +38,6 @@ def _begin_step_kernel(
         embedded = tl.load(embed_ptr + token * width + columns, mask=columns < num_embedded, other=0.0)
         tl.store(x_ptr + row * width + columns, tl.where(thinks, thought, embedded), mask=columns < width)
     tl.store(positions_ptr + row, tl.where(runs, position, 0).to(tl.int64))
-    tl.store(slots_ptr + row, tl.where(runs, page * PAGE_SIZE + length % PAGE_SIZE, -1))
     tl.store(reach_ptr + row, tl.where(runs, length + 1, 0))
     tl.debug_barrier()  # every thread has read the counters before one of them moves them on
     tl.store(lengths_ptr + row, length + runs.to(tl.int32))
@@ -45,16 +45,13 @@ def _begin_step_kernel(
     tl.store(limits_ptr + row, tl.where(stops, 0, limit))
 
 
-def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, page_size: int) -> StepInputs:
+def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor) -> StepInputs:
     batch, width = rows.hidden.shape
-    x = torch.empty_like(rows.hidden)
-    positions, slots = rows.tokens.new_empty(batch), rows.tokens.new_empty(batch)
-    reach = torch.empty_like(rows.lengths)
+    x, positions, reach = torch.empty_like(rows.hidden), torch.empty_like(rows.tokens), torch.empty_like(rows.lengths)
     if batch:
         _begin_step_kernel[(batch,)](
-            rows.hidden, rows.tokens, rows.latents_left, rows.lengths, rows.limits, rows.offsets, rows.pages, embed,
-            stop_ids, x, positions, slots, reach, width, rows.pages.shape[1], len(stop_ids), PAGE_SIZE=page_size,
-            STOPS=triton.next_power_of_2(max(1, len(stop_ids))),
-            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(width)), num_warps=4,
+            rows.hidden, rows.tokens, rows.latents_left, rows.lengths, rows.limits, rows.offsets, embed, stop_ids,
+            x, positions, reach, width, len(stop_ids), STOPS=triton.next_power_of_2(max(1, len(stop_ids))),
+            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(width)), num_warps=4, **overlap_options(x),
         )  # fmt: skip
-    return StepInputs(x, positions, slots, reach)
+    return StepInputs(x, positions, reach)

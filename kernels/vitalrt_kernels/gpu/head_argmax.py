@@ -4,9 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.overlap import FETCHED_COLUMNS, fetch_rows, overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.rows_times_weight import add_product, empty_total, finish_total, load_rows
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
+from vitalrt_kernels.tuned import Tile, tuned_tile
 
 BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode
 SLICES_AT_ONCE = {1: 1024, MAX_ROWS: 256}  # by rows of the tile: what fits in registers
@@ -15,12 +17,15 @@ SLICES_AT_ONCE = {1: 1024, MAX_ROWS: 256}  # by rows of the tile: what fits in r
 @triton.jit
 def _head_argmax_kernel(
     h_ptr, head_ptr, scale_ptr, best_ptr, best_id_ptr, ticket_ptr, token_ptr, num_rows, vocab, width,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES_AT_ONCE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SLICES_AT_ONCE: tl.constexpr, FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     ids = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    fetch_rows(head_ptr, ids, vocab, width, OVERLAPS, FETCHED)
+    wait_for_previous(OVERLAPS)
     total = empty_total(ROWS, BLOCK_N, BLOCK_K)
-    for start in range(0, width, BLOCK_K):
+    for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_K)
         h = load_rows(h_ptr, num_rows, width, columns, ROWS)
         total = add_product(total, h, head_ptr, ids, vocab, width, columns, ROWS)
@@ -48,23 +53,25 @@ def _head_argmax_kernel(
         tl.store(token_ptr + rows, token.to(tl.int64), mask=rows < num_rows)
 
 
-def head_argmax(h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor) -> torch.Tensor:
+def default_tile(num_rows: int) -> Tile:
+    """By the same reasoning as linear_decode's."""
+    return Tile(16, 512, stages=1, warps=8) if num_rows == 1 else Tile(32, 128, stages=3, warps=4)
+
+
+def head_argmax(
+    h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor, tile: Tile | None = None
+) -> torch.Tensor:
+    """tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
-    sizes = tile(len(h))
-    num_slices = triton.cdiv(len(values), sizes["BLOCK_N"])
+    tile = tile or tuned_tile(len(h), values) or default_tile(len(h))
+    rows = 1 if len(h) == 1 else MAX_ROWS
+    num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)
     best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)
     token = h.new_empty(len(h), dtype=torch.int64)
     if len(h):
         _head_argmax_kernel[(num_slices,)](
-            h, values, scale, best, best_id, tickets, token, len(h), len(values), h.shape[1],
-            SLICES_AT_ONCE=SLICES_AT_ONCE[sizes["ROWS"]], **sizes,
+            h, values, scale, best, best_id, tickets, token, len(h), len(values), h.shape[1], ROWS=rows,
+            SLICES_AT_ONCE=SLICES_AT_ONCE[rows], FETCHED=FETCHED_COLUMNS, **tile.options(), **overlap_options(h),
         )  # fmt: skip
     return token
-
-
-def tile(num_rows: int) -> dict[str, int]:
-    """Block sizes, by the same reasoning as linear_decode's."""
-    if num_rows == 1:
-        return {"ROWS": 1, "BLOCK_N": 16, "BLOCK_K": 512, "num_warps": 8}
-    return {"ROWS": MAX_ROWS, "BLOCK_N": 32, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}

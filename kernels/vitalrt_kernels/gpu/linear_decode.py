@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.overlap import FETCHED_COLUMNS, fetch_rows, overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.rows_times_weight import (
     add_product,
     empty_total,
@@ -13,6 +14,7 @@ from vitalrt_kernels.gpu.rows_times_weight import (
     load_rows,
 )
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
+from vitalrt_kernels.tuned import Tile, tuned_tile
 
 # 4.3 TB/s times a latency of 0.8 us is 26 kB on their way to each multiprocessor of an H200: two blocks' 16 kB tiles.
 BLOCKS_PER_SM = {"_linear_decode_kernel": 2}
@@ -21,7 +23,8 @@ BLOCKS_PER_SM = {"_linear_decode_kernel": 2}
 @triton.jit
 def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
-    SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up.
 
@@ -29,13 +32,17 @@ def _linear_decode_kernel(
     the first moment. Several rows go through tensor cores, whose operands are narrow: these are normed before.
     """
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    up_weight_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
+    fetch_rows(weight_ptr, outputs, num_outputs, width, OVERLAPS, FETCHED)
+    if SWIGLU:
+        fetch_rows(up_weight_ptr, outputs, num_outputs, width, OVERLAPS, FETCHED)
+    wait_for_previous(OVERLAPS)
     squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
     if norm_ptr is not None and ROWS > 1:
         rstd = inverse_rms(x_ptr, num_rows, width, eps, ROWS, BLOCK_K)
     total = empty_total(ROWS, BLOCK_N, BLOCK_K)
     up = empty_total(ROWS, BLOCK_N, BLOCK_K)
-    up_weight_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
-    for start in range(0, width, BLOCK_K):
+    for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_ptr, num_rows, width, columns, ROWS)
         if norm_ptr is not None:
@@ -69,14 +76,14 @@ def _linear_decode_kernel(
     tl.store(y_ptr + cells, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(num_rows: int, swiglu: bool) -> dict[str, int]:
-    """Block sizes. One row: 16 kB of bf16 weights on their way per block. More rows: tensor cores want 16 of them.
+def default_tile(num_rows: int, swiglu: bool) -> Tile:
+    """One row: 16 kB of bf16 weights on their way per block. More rows: tensor cores want 16 of them.
 
     Narrow blocks of outputs, so that the smallest matrix (O, 4096 outputs) still gives every multiprocessor some.
     """
     if num_rows == 1:
-        return {"ROWS": 1, "BLOCK_N": 8 if swiglu else 16, "BLOCK_K": 512, "num_warps": 8}
-    return {"ROWS": MAX_ROWS, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3 if swiglu else 4}
+        return Tile(outputs=8 if swiglu else 16, columns=512, stages=1, warps=8)
+    return Tile(outputs=16, columns=128, stages=3 if swiglu else 4, warps=4)
 
 
 def linear_decode(
@@ -85,14 +92,18 @@ def linear_decode(
     norm: Norm | None,
     residual: torch.Tensor | None,
     swiglu: bool,
+    tile: Tile | None = None,
 ) -> torch.Tensor:
+    """tile: None for the tuned one, or else the default."""
     values, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
     norm_weight, eps = norm or (None, 0.0)
     num_outputs = len(values) // (2 if swiglu else 1)
     y = x.new_empty(len(x), num_outputs)
     if y.numel():
-        sizes = tile(len(x), swiglu)
-        _linear_decode_kernel[(triton.cdiv(num_outputs, sizes["BLOCK_N"]),)](
-            x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu, **sizes
-        )
+        tile = tile or tuned_tile(len(x), values) or default_tile(len(x), swiglu)
+        _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
+            x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
+            ROWS=1 if len(x) == 1 else MAX_ROWS, FETCHED=FETCHED_COLUMNS // (2 if swiglu else 1),
+            **tile.options(), **overlap_options(x),
+        )  # fmt: skip
     return y

@@ -1,10 +1,17 @@
-"""Triton form of paged_attention: split along the context, combined by the last split of each key/value head."""
+"""Triton form of paged_attention: split along the context, combined by the last split of each key/value head.
+
+The split that ends with the new token writes its key and value, and no other reads them: within one launch that is all
+the order there has to be. Query heads are made ready again in every split: a kilobyte, from L2.
+"""
 
 import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.norm_rope import load_turned
+from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
+from vitalrt_kernels.paged_attention import Append
 
 BLOCKS_PER_SM = {"_paged_attention_kernel": 2}
 BLOCK_L = 64
@@ -16,13 +23,16 @@ PART_CELLS = 4096  # of other splits, held in registers at once while combining
 
 @triton.jit
 def _paged_attention_kernel(
-    q_ptr, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr, part_ptr, part_max_ptr, part_sum_ptr, tickets_ptr,
-    num_kv_heads, group, head_dim, num_pages, scale,
+    q_ptr, norm_ptr, positions_ptr, frequency_ptr, eps, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr, part_ptr,
+    part_max_ptr, part_sum_ptr, tickets_ptr, num_kv_heads, group, head_dim, num_pages, scale,
     PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
+    BLOCK_L: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """group: query heads per key/value head; GROUP and MEMBERS are the powers of two that it is padded to for tensor
-    cores and for combining.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32."""
+    """q: as it is scored, or, where there is a norm, q, k and v as they were projected.
+
+    group: query heads per key/value head; GROUP and MEMBERS are the powers of two that it is padded to for tensor cores
+    and for combining.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32."""
+    wait_for_previous(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -30,12 +40,30 @@ def _paged_attention_kernel(
     i = tl.arange(0, BLOCK_D)
     in_head = i < head_dim
     in_group = (member < group)[:, None] & in_head[None, :]
-    q_cells = (row * num_kv_heads * group + kv_head * group + member)[:, None] * head_dim + i[None, :]
-    q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
     length = tl.load(lengths_ptr + row)
     num_blocks = tl.cdiv(length, BLOCK_L)
     first = tl.cdiv(num_blocks * split, SPLITS) * BLOCK_L
     stop = tl.minimum(tl.cdiv(num_blocks * (split + 1), SPLITS) * BLOCK_L, length)
+    heads = kv_head * group + member
+    if norm_ptr is not None:
+        place = tl.load(positions_ptr + row)
+        row_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
+        q = load_turned(row_ptr, norm_ptr, heads, member < group, place, frequency_ptr, eps, head_dim, BLOCK_D)
+        if (first < stop) & (stop == length):
+            one = tl.arange(0, 1)
+            k_head = num_kv_heads * group + kv_head + one
+            k = load_turned(row_ptr, norm_ptr, k_head, one == 0, place, frequency_ptr, eps, head_dim, BLOCK_D)
+            v_cells = (k_head + num_kv_heads)[:, None] * head_dim + i[None, :]
+            v = tl.load(row_ptr + v_cells, mask=in_head[None, :], other=0.0)
+            last_page = tl.load(pages_ptr + row * num_pages + (length - 1) // PAGE_SIZE).to(tl.int64)
+            new_slot = last_page * PAGE_SIZE + (length - 1) % PAGE_SIZE
+            new_cells = (new_slot * num_kv_heads + kv_head + one)[:, None] * head_dim + i[None, :]
+            tl.store(k_ptr + new_cells, k, mask=in_head[None, :])
+            tl.store(v_ptr + new_cells, v, mask=in_head[None, :])
+            tl.debug_barrier()  # other threads of this block read them below
+    else:
+        q_cells = (row * num_kv_heads * group + heads)[:, None] * head_dim + i[None, :]
+        q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
 
     # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.
     largest = tl.full([GROUP], -1e30, tl.float32)
@@ -97,11 +125,17 @@ def paged_attention(
     lengths: torch.Tensor,
     page_size: int,
     tickets: torch.Tensor,
+    append: Append | None,
 ) -> torch.Tensor:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
+    norm_weight = positions = frequencies = None
+    eps = 0.0
+    if append is not None:
+        num_heads -= 2 * num_kv_heads
+        norm_weight, eps, positions, frequencies = append
     group = num_heads // num_kv_heads
-    out = torch.empty_like(q)
+    out = q.new_empty(batch, num_heads, head_dim)
     if not batch:
         return out
     splits = num_splits(batch * num_kv_heads, pages.shape[1] * page_size)
@@ -111,10 +145,11 @@ def paged_attention(
     part = q.new_empty(*parts, head_dim, dtype=torch.float32)
     part_max, part_sum = q.new_empty(2, *parts, dtype=torch.float32)
     _paged_attention_kernel[(batch, num_kv_heads, splits)](
-        q, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum, tickets, num_kv_heads, group, head_dim,
-        pages.shape[1], 1.4426950408889634 * head_dim**-0.5, PAGE_SIZE=page_size, SPLITS=splits,
-        GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d, BLOCK_L=BLOCK_L,
-        SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=4, num_stages=2,
+        q, norm_weight, positions, frequencies, eps, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum,
+        tickets, num_kv_heads, group, head_dim, pages.shape[1], 1.4426950408889634 * head_dim**-0.5,
+        PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d,
+        BLOCK_L=BLOCK_L, SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=4,
+        num_stages=2, **overlap_options(q),
     )  # fmt: skip
     return out
 

@@ -4,12 +4,17 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
+
 BLOCKS_PER_SM = {"_rms_norm_kernel": 4}
 NUM_WARPS = 8
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, width, eps, BLOCK: tl.constexpr):
+def _rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, normed_ptr, total_ptr, width, eps, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):  # fmt: skip
+    wait_for_previous(OVERLAPS)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
     cells = tl.program_id(0).to(tl.int64) * width + columns
@@ -33,6 +38,6 @@ def rms_norm(
     block = triton.next_power_of_2(x.shape[1])
     if len(x):
         _rms_norm_kernel[(len(x),)](
-            x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=NUM_WARPS
+            x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=NUM_WARPS, **overlap_options(x)
         )
     return normed if total is None else (normed, total)

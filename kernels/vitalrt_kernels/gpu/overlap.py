@@ -1,0 +1,49 @@
+"""Launches that overlap: a kernel is set up, and asks for its first weights, while the one before it still runs.
+
+Programmatic dependent launch, compute capability 9.0 on. Whoever is launched so may not touch what earlier kernels
+write before wait_for_previous(), and calls it in every thread block: then all that came before is done, since each of
+those waited likewise. What nobody writes (weights) may be fetched before.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+OLDEST_CAPABILITY = (9, 0)
+FETCHED_COLUMNS = 1024  # of a block's rows: 32 kB of 16 bf16 ones, and 8 MB for two blocks a multiprocessor of an H200
+LINE_BITS = tl.constexpr(1024)  # of L2
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= OLDEST_CAPABILITY
+
+
+def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
+    """What a kernel with OVERLAPS is launched with."""
+    overlaps = can_overlap(tensor.device)
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
+
+
+@triton.jit
+def wait_for_previous(OVERLAPS: tl.constexpr):
+    """The next kernel may be set up from here on: all blocks of this one that have begun have what they need."""
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def fetch_rows(weight_ptr, rows, num_rows, width, OVERLAPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Ask for the first COLUMNS of these rows of a weight to be brought to L2, and wait for nothing."""
+    if OVERLAPS:
+        LINE: tl.constexpr = LINE_BITS // weight_ptr.dtype.element_ty.primitive_bitwidth
+        inside = tl.minimum(rows, num_rows - 1).to(tl.int64)
+        columns = tl.minimum(tl.arange(0, COLUMNS // LINE) * LINE, width - 1)
+        lines = weight_ptr + inside[:, None] * width + columns[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+        )
