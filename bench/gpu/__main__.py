@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import platform
 import re
 import sys
@@ -27,8 +26,8 @@ for folder in ("training", "kernels", "."):  # a checkout that nobody has instal
     if str(ROOT / folder) not in sys.path:
         sys.path.insert(0, str(ROOT / folder))
 
-from bench.files import commit, replace_whole  # noqa: E402
-from bench.gpu import int8, kernels, numerics, profile, report, requests  # noqa: E402
+from bench.files import commit  # noqa: E402
+from bench.gpu import int8, kernels, numerics, profile, report, requests, tune  # noqa: E402
 from bench.gpu.record import Record, Section, SkippedError  # noqa: E402
 from bench.gpu.shapes import random_model, small_config  # noqa: E402
 from bench.gpu.timing import copy_bandwidth, matmul_flops  # noqa: E402
@@ -93,6 +92,7 @@ class Bench:
             Section("int8", needs(lambda r: int8.measure(r, self.model)), 40),
             Section("tests", kernels.run_tests, 120),
             Section("sanitizer", kernels.run_sanitizer, 90),
+            Section("tune", needs(lambda r: tune.measure(r, self.model)), 400),
         ]
 
 
@@ -119,21 +119,10 @@ def environment(device: torch.device, arguments: list[str]) -> dict[str, Any]:
     }
 
 
-def tune(record: Record, bench: Bench) -> None:
-    """Write into tuned.json where cuBLAS was faster on this card."""
-    rows = record.results.get("kernels", {}).get("rows", [])
-    table = json.loads(TABLE.read_text()) | {bench.card.name: kernels.tuned_shapes(rows, bench.model)}
-    text = json.dumps(table, indent=1) + "\n"
-    replace_whole(TABLE, lambda path: path.write_text(text, encoding="utf-8"))
-    record.results["tuned"] = table
-    record.write()
-    record.console.print(f"{TABLE}:\n{text}", highlight=False)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no compiled peer, fewer dtypes")
-    parser.add_argument("--tune", action="store_true", help="measure kernels only, and write tuned.json for this card")
+    parser.add_argument("--tune", action="store_true", help="only choose tiles, and write tuned.json for this card")
     parser.add_argument("--only", action="append", metavar="SECTION", help="these sections, and what they need")
     parser.add_argument("--model", help="shape: a directory or a known name [Qwen3-VL-8B; a miniature on a CPU]")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all of it [{TOTAL_S:.0f}]")
@@ -143,13 +132,15 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bench = Bench(device, options.model)
     sections = bench.sections()
-    wanted = ["kernels"] if options.tune else options.only or [section.name for section in sections]
-    if unknown := sorted(set(wanted) - {section.name for section in sections}):
-        parser.error(f"--only: expected some of {[section.name for section in sections]}, got {unknown}")
+    names = [section.name for section in sections]
+    wanted = ["tune"] if options.tune else options.only or [name for name in names if name != "tune"]
+    if unknown := sorted(set(wanted) - set(names)):
+        parser.error(f"--only: expected some of {names}, got {unknown}")
     if options.tune and device.type != "cuda":
         parser.error("--tune: expected a CUDA device, whose card the table is of; torch sees none")
     console = Console(width=140)
-    stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    kind = "gpu-tune" if options.tune else "gpu"
+    stem = f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     given = sys.argv[1:] if arguments is None else arguments
     record = Record(options.out / f"{stem}.json", environment(device, given), console, options.seconds, options.quick)
     if device.type != "cuda":
@@ -157,7 +148,9 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         record.run([section for section in sections if section.name in ("card", "model", *wanted)])
     if options.tune:
-        tune(record, bench)
+        text = tune.write_table(bench.card.name, record.results["tune"].get("entries", []))
+        console.print(f"{TABLE}:\n{text}", highlight=False)
+        return
     console.print(report.table(record.results))
     versions = ", ".join(f"{name} {number}" for name, number in record.environment["versions"].items())
     shape = options.model or ("Qwen3-VL-8B" if device.type == "cuda" else "miniature")

@@ -24,6 +24,7 @@ from bench.gpu.timing import replayed_us
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model_cost import Card
 from vitalrt_kernels import (
+    Append,
     Norm,
     Rope,
     Rows,
@@ -115,7 +116,8 @@ def _has_xdist() -> bool:
 class Case:
     """run(i): one launch on the i-th of `variants` inputs.  exact(): the float64 result of run(0), or None.
 
-    rival: what else computes the same.  num_bytes, flops: the least one launch has to move and compute.
+    rival: what else computes the same, and rival_name what it is.  num_bytes, flops: the least one launch has to move
+    and compute.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Case:
     num_bytes: int
     flops: int
     variants: int
+    rival_name: str = "torch"
 
 
 def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
@@ -156,8 +159,8 @@ def _measure_one(case: Case, num_rows: int, card: Card, device: torch.device) ->
     row |= {"bytes": case.num_bytes, "flops": case.flops, "floor_us": round(floor, 3)}
     row["share"] = round(floor / row["us"]["p50"], 4)
     if case.rival is not None:
-        row["cublas_us"] = replayed_us(case.rival, case.variants, device)
-        row["cublas_over_ours"] = round(row["cublas_us"]["p50"] / row["us"]["p50"], 4)
+        row |= {"rival": case.rival_name, "rival_us": replayed_us(case.rival, case.variants, device)}
+        row["rival_over_ours"] = round(row["rival_us"]["p50"] / row["us"]["p50"], 4)
     return row
 
 
@@ -236,19 +239,36 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
     tickets = new_tickets(num_rows * kv_heads, device)
     positions = torch.arange(num_rows, device=device) + CONTEXT
     slots = pages[:, -1].long() * PAGE + PAGE - 1
+    new_slots = pages[:, (CONTEXT - 1) // PAGE].long() * PAGE + (CONTEXT - 1) % PAGE
     rope = Rope(model.decoder.rope.inverse_frequencies, model.decoder.rope.axis_of_frequency)
     qk_norm, norm = layers[0].qk_norm.weight.detach(), layers[0].input_norm.weight.detach()
     counters = [torch.zeros(num_rows, dtype=torch.int32, device=device) for _ in range(4)]
     counters[2] += 2**30
-    state = Rows(x.clone(), torch.zeros(num_rows, dtype=torch.int64, device=device), *counters, pages)
+    state = Rows(x.clone(), torch.zeros(num_rows, dtype=torch.int64, device=device), *counters)
     embed, no_stops = model.decoder.embed.weight.detach(), torch.zeros(0, dtype=torch.int64, device=device)
     kv_bytes = num_rows * CONTEXT * 2 * kv_heads * head_dim * size
-    caches64 = caches[0].double()
+    append = Append(qk_norm, eps, positions, rope.frequencies)
+    append64 = append._replace(norm_weight=qk_norm.double())
+
+    def in_two_launches(i: int) -> torch.Tensor:
+        ready = norm_rope_append(qkv, qk_norm, eps, positions, rope, *caches[i], new_slots)
+        return paged_attention(ready, *caches[i], pages, lengths, PAGE, tickets)
+
     return [
+        Case(
+            f"paged_attention {CONTEXT}, appends",
+            lambda i: paged_attention(qkv, *caches[i], pages, lengths, PAGE, tickets, append),
+            lambda: paged_attention_reference(qkv.double(), *caches[0].double(), pages, lengths, PAGE, append64),
+            in_two_launches,
+            kv_bytes,
+            4 * num_rows * heads * head_dim * CONTEXT,
+            copies,
+            "in two launches",
+        ),
         Case(
             f"paged_attention {CONTEXT}",
             lambda i: paged_attention(q, *caches[i], pages, lengths, PAGE, tickets),
-            lambda: paged_attention_reference(q.double(), *caches64, pages, lengths, PAGE),
+            lambda: paged_attention_reference(q.double(), *caches[0].double(), pages, lengths, PAGE),
             None,
             kv_bytes,
             4 * num_rows * heads * head_dim * CONTEXT,
@@ -258,7 +278,7 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
             "norm_rope_append",
             lambda i: norm_rope_append(qkv, qk_norm, eps, positions, rope, *caches[i], slots),
             lambda: norm_rope_append_reference(
-                qkv.double(), qk_norm.double(), eps, positions, rope, *caches64.clone(), slots
+                qkv.double(), qk_norm.double(), eps, positions, rope, *caches[0].double(), slots
             ),
             None,
             2 * qkv.numel() * size,
@@ -274,23 +294,5 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
             0,
             12,
         ),
-        Case("begin_step", lambda i: begin_step(state, embed, no_stops, PAGE), None, None, 2 * x.numel() * size, 0, 12),
-    ]
-
-
-def tuned_shapes(rows: Sequence[dict[str, Any]], model: Qwen3VL) -> list[list[int]]:
-    """What tuned.json should say of this card: (rows, outputs, inputs) where cuBLAS was at least 2 % faster."""
-    config = model.config.decoder
-    q = config.num_attention_heads * config.head_dim
-    shapes = {
-        "linear_decode qkv": (q + 2 * config.num_key_value_heads * config.head_dim, config.hidden_size),
-        "linear_decode o": (config.hidden_size, q),
-        "linear_decode gate_up": (2 * config.intermediate_size, config.hidden_size),
-        "linear_decode down": (config.hidden_size, config.intermediate_size),
-        "head_argmax": (config.vocab_size, config.hidden_size),
-    }
-    return [
-        [row["rows"], *shapes[row["kernel"]]]
-        for row in rows
-        if row["kernel"] in shapes and row.get("cublas_over_ours", 1) < 0.98
+        Case("begin_step", lambda i: begin_step(state, embed, no_stops), None, None, 2 * x.numel() * size, 0, 12),
     ]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
 
 from bench.gpu.shapes import BenchPrompt
@@ -50,6 +54,16 @@ class Ours:
         [hidden] = self.prefill.begin(embeddings, positions, slots, image_rows, deepstack)
         self.step.place(row, hidden, prompt.num_tokens, prompt.next_position, pages, k, ENDLESS)
 
+    def go_on(self, prompt: BenchPrompt, count: int) -> torch.Tensor:
+        """What a later question is: `count` tokens of text after a prompt that row 0 was begun with. Returns [d]."""
+        start = prompt.num_tokens
+        x = self.step.weights.embed[prompt.ids[-1:].to(self.device).expand(count)]
+        positions = (torch.arange(count) + prompt.next_position).expand(3, count).to(self.device)
+        slots = torch.arange(start, start + count, device=self.device)
+        pages = torch.arange(self.pages_per_row, dtype=torch.int32).expand(count, -1).contiguous()
+        reach = torch.arange(start + 1, start + count + 1, dtype=torch.int32)
+        return self.prefill.go_on(x, positions, slots, pages, reach)[-1]
+
     def latent_steps(self, count: int) -> None:
         """Of row 0, which was begun with at least as many."""
         for _ in range(count):
@@ -63,3 +77,34 @@ class Ours:
         """From patches on the host to tokens on the host."""
         self.begin(prompt, k)
         return list(answer_alone(self.graphs, self.reader, k, num_tokens, ()))
+
+
+class InTurn(Ours):
+    """The same, each launch beginning when the one before it has ended: what overlapping them is worth."""
+
+    name = "vitalrt, in turn"
+
+    def begin(self, prompt: BenchPrompt, k: int = 0, row: int = 0) -> None:
+        with launched_in_turn():
+            super().begin(prompt, k, row)
+
+    def latent_steps(self, count: int) -> None:
+        with launched_in_turn():
+            super().latent_steps(count)
+
+    def answer_tokens(self, count: int) -> None:
+        with launched_in_turn():
+            super().answer_tokens(count)
+
+    def request(self, prompt: BenchPrompt, k: int, num_tokens: int) -> list[int]:
+        with launched_in_turn():
+            return super().request(prompt, k, num_tokens)
+
+
+@contextmanager
+def launched_in_turn() -> Iterator[None]:
+    """What is captured inside does not overlap."""
+    from vitalrt_kernels.gpu import overlap
+
+    with mock.patch.object(overlap, "can_overlap", lambda device: False):
+        yield

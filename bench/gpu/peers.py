@@ -43,6 +43,12 @@ class Eager:
         self.hidden = out.last_hidden_state[:, -1:]
         self.token = self.model.lm_head(self.hidden).argmax(-1)
 
+    def go_on(self, prompt: BenchPrompt, count: int) -> torch.Tensor:
+        """As Ours.go_on; after begin(), whose cache grows."""
+        ids = prompt.ids[-1:].to(self.model.device).expand(1, count)
+        hidden: torch.Tensor = self.model.model(input_ids=ids, past_key_values=self.cache).last_hidden_state[0, -1]
+        return hidden
+
     def latent_steps(self, count: int) -> None:
         for _ in range(count):
             out = self.model.model(inputs_embeds=self.hidden, past_key_values=self.cache)

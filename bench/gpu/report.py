@@ -14,7 +14,8 @@ from bench.files import replace_whole
 
 COLOURS = {
     "vitalrt": "#1f6f8b",
-    "plain torch, graphed": "#7fb3c6",
+    "vitalrt, in turn": "#4d93ab",
+    "plain torch, graphed": "#a9cbd8",
     "transformers": "#c9c5ba",
     "transformers, compiled": "#8f8a7c",
 }
@@ -48,7 +49,7 @@ def table(results: dict[str, Any]) -> Table:
     shown.add_section()
     for row in results.get("kernels", {}).get("rows", []):
         peer = f"{row['share']:.0%} of the card" + (
-            f", torch {row['cublas_us']['p50']:.1f}" if "cublas_us" in row else ""
+            f", {row['rival']} {row['rival_us']['p50']:.1f}" if "rival" in row else ""
         )
         shown.add_row(f"{row['kernel']}, {row['rows']} rows", f"{row['us']['p50']:.2f} us", peer)
     shown.add_section()
@@ -88,9 +89,9 @@ def draw(results: dict[str, Any], title: str, path: Path) -> None:
     rows = results.get("kernels", {}).get("rows", [])
     labels = [f"{row['kernel']}, {row['rows']}" for row in rows]
     shares.barh(range(len(rows)), [100 * row["share"] for row in rows], color=COLOURS["vitalrt"], label="ours")
-    with_cublas = [(i, row) for i, row in enumerate(rows) if "cublas_us" in row]
-    cublas = [100 * row["floor_us"] / row["cublas_us"]["p50"] for _, row in with_cublas]
-    shares.plot(cublas, [i for i, _ in with_cublas], "|", color="#222222", markersize=9, label="torch")
+    others = [(i, row) for i, row in enumerate(rows) if "rival" in row]
+    reached = [100 * row["floor_us"] / row["rival_us"]["p50"] for _, row in others]
+    shares.plot(reached, [i for i, _ in others], "|", color="#222222", markersize=9, label="torch, or in two launches")
     shares.set_yticks(range(len(rows)), labels, fontsize=6)
     shares.invert_yaxis()
     shares.set_xlabel("% of what a copy or a product reached in this run")

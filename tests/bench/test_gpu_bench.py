@@ -132,6 +132,49 @@ def test_only_a_card_is_tuned(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Path, monkeypatch) -> None:
+    """The clock is the test's: of each matrix the second tile is fastest, of one cuBLAS, and one fails."""
+    pytest.importorskip("triton")
+    from bench.gpu import tune
+    from bench.gpu.shapes import random_model, small_config
+    from vitalrt_kernels import tuned
+
+    tiles = {1: (tuned.Tile(16, 64, 1, 4), tuned.Tile(8, 128, 1, 4)), 16: (tuned.Tile(16, 64, 2, 4),)}
+    monkeypatch.setattr(tune, "TILES", tiles)
+    monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
+    monkeypatch.setattr(tune, "TABLE", tmp_path / "tuned.json")
+    tuned.TABLE.write_text('{"another": []}')
+    config = small_config()
+    model = random_model(config, torch.device("cpu"), torch.float32)
+    wide = config.decoder.intermediate_size
+    times = iter([10, 9.9, 8, 11, *[10, 11, 7, 9] * 2, 10, 11, 8, 7, *[10] * 99])
+
+    def clock(run, calls: int, device: torch.device, rounds: int) -> dict[str, float]:
+        time_ = next(times)
+        if time_ == 11:
+            raise RuntimeError("out of resource")
+        return {"p50": time_}
+
+    monkeypatch.setattr(tune, "replayed_us", clock)
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=300)
+    with torch.no_grad():
+        record.run([Section("tune", lambda r: tune.measure(r, model), 250)])
+    outcome = record.results["tune"]
+    assert outcome["status"] == "done", outcome
+    assert [row["matrix"] for row in outcome["rows"]] == ["qkv", "o", "gate_up", "down", "head"] * 4
+    assert "out of resource" in outcome["rows"][0]["failed"]["cublas"]
+    tune.write_table("card", outcome["entries"])
+    assert json.loads(tuned.TABLE.read_text())["another"] == []
+    tuned.choices.cache_clear()
+    monkeypatch.setattr(tuned, "_card", lambda device: "card")
+    try:
+        found = tuned.choices("card")
+        assert len(found) == 4 and {use for use in found.values() if use != "cublas"} == {tiles[1][1]}
+        assert found[tuned.Shape(1, config.decoder.hidden_size, wide, "float32")] == "cublas"
+    finally:
+        tuned.choices.cache_clear()
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="waits of the host are seen on a CUDA device only")
 def test_the_host_never_waits_for_all_of_the_device_inside_a_request() -> None:

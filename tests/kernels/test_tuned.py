@@ -53,7 +53,9 @@ def test_a_cpu_has_no_table(monkeypatch) -> None:
     assert tuned.tuned_tile(1, torch.ones(2, 2)) is None and not tuned.prefers_cublas(1, torch.ones(2, 2))
 
 
-@pytest.mark.parametrize(("bad", "error"), [({"use": "cuda"}, ValueError), ({"use": [1] * 3}, TypeError), ({"x": 1}, TypeError)])
+@pytest.mark.parametrize(
+    ("bad", "error"), [({"use": "cuda"}, ValueError), ({"use": [1] * 3}, TypeError), ({"x": 1}, TypeError)]
+)
 def test_an_entry_that_is_none_is_an_error(write_table, bad: dict, error: type[Exception]) -> None:
     good = {"rows": 1, "outputs": 2, "inputs": 3, "weight": "int8", "use": CUBLAS}
     write_table({"card": [good], "other": [good | bad]})
