@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
+import numpy as np
 import pytest
 import torch
 
 import vitalrt
 from vitalrt.engine import image_encoder
 from vitalrt.engine.image_encoder import ImageEncoder, images_of
+from vitalrt.inputs import processor
+from vitalrt.inputs.image import ReadOptions
 
 GRIDS = [(1, 2, 3), (1, 4, 4), (2, 2, 2), (1, 2, 3), (1, 4, 4), (1, 1, 5)]  # in visual tokens, of 4 patches each
 
@@ -42,3 +47,22 @@ def test_features_are_those_of_the_image_alone(tiny, prompts, monkeypatch, max_p
             ):
                 torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert encoder.num_encoded == len(GRIDS)
+
+
+def test_a_device_makes_patches_when_its_tower_looks(talker, monkeypatch) -> None:
+    """On meta: the picture is neither resized by the CPU nor before the features are wanted."""
+    model = talker.load()
+    monkeypatch.setattr(processor, "patchify", lambda *_: pytest.fail("on the CPU"))
+    made = []
+    patchify_on = processor.patchify_on
+    monkeypatch.setattr(processor, "patchify_on", lambda *of: made.append(of) or patchify_on(*of))
+    encoder = ImageEncoder(deepcopy(model.weights.vision).to("meta"), max_bytes=0)
+    monkeypatch.setattr(model.engine, "encoder", encoder)
+    pictures = model.processor.look_at([np.zeros((40, 50, 3), np.uint8), np.ones((60, 30), np.uint8)], ReadOptions())
+    model.engine.make_patches(pictures)
+    assert not made
+    images = images_of(model.processor.ask_about(pictures, "What?", 0.0), b"", model.processor.image_token_id)
+    with torch.inference_mode():
+        encoder.encode(images)
+    assert len(made) == 2
+    assert all(image.features is not None and image.features.tokens.is_meta for image in images)

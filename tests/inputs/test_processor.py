@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from vitalrt.errors import CheckpointError, InputError
 from vitalrt.inputs.image import ReadOptions
-from vitalrt.inputs.processor import PatchOptions, Processor, fit_size
+from vitalrt.inputs.processor import PatchOptions, Processor, fit_size, patchify, patchify_on
 from vitalrt_training.backbone import PREPROCESSOR
 from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 
@@ -100,6 +100,27 @@ def test_random_pictures_and_questions(processor, reference, seed) -> None:
 @pytest.mark.parametrize("size", [(1, 1), (1, 200), (200, 1), (3, 500), (601, 4), (64, 64), (333, 97)])
 def test_extreme_sizes(processor, reference, size) -> None:
     assert_same_prompt(processor, reference, [picture(0, *size)], QUESTIONS[0])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (200, 1), (3, 500), (601, 4), (64, 64), (333, 97), (900, 700)])
+def test_patches_are_the_same_wherever_they_are_made(processor, size) -> None:
+    pixels = picture(1, *size)
+    for form in (pixels, pixels[::-1, ::-1], pixels.swapaxes(0, 1)):
+        expected, _ = patchify(form, processor.patch_options)
+        made = patchify_on(torch.device("cpu"), form, processor.patch_options)
+        assert made.dtype == torch.float32
+        assert torch.equal(made, torch.from_numpy(expected))
+
+
+def test_a_device_makes_its_patches_itself(processor, monkeypatch) -> None:
+    """meta stands for it: what needs a number on the host raises there."""
+    made = processor.picture(picture(1, 50, 60))
+    with monkeypatch.context() as patch:
+        patch.setattr("vitalrt.inputs.processor.patchify", lambda *_: pytest.fail("on the CPU"))
+        patches = made.patches(torch.device("meta"))
+    assert patches.is_meta and patches.shape == (made.num_patches, made.patch_dim)
+    monkeypatch.setattr("vitalrt.inputs.processor.patchify_on", lambda *_: pytest.fail("on a device"))
+    assert made.patches().device.type == "cpu" and made.patches().shape == patches.shape
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

@@ -98,11 +98,21 @@ def test_a_digest_tells_the_grid_and_the_precision() -> None:
 
 def test_patches_are_made_once_and_when_they_are_needed() -> None:
     made = []
-    picture = Picture((1, 2, 2), 6, b"digest", lambda: made.append(1) or PIXELS[:4])
+    picture = Picture((1, 2, 2), 6, b"digest", lambda device: made.append(device.type) or PIXELS[:4].to(device))
     prompt = Prompt.of_pictures([1], [picture], preprocess_ms=3.0)
     assert prompt.digests == (b"digest",) and prompt.grids() == [(1, 2, 2)] and prompt.preprocess_ms == 3.0
     assert prompt.image_grid_thw is not None and prompt.image_grid_thw.tolist() == [[1, 2, 2]]
     assert not made
     for _ in range(2):
         assert prompt.pixel_values is not None and torch.equal(prompt.pixel_values, PIXELS[:4])
-    assert made == [1]
+    assert made == ["cpu"]
+
+
+def test_another_device_makes_patches_of_its_own_where_the_cpu_has_none() -> None:
+    made, meta = [], torch.device("meta")
+    picture = Picture((1, 2, 2), 6, b"digest", lambda device: made.append(device.type) or PIXELS[:4].to(device))
+    prompt = Prompt.of_pictures([1], [picture], preprocess_ms=0.0)
+    assert picture.patches(meta).is_meta and picture.patches(meta).is_meta
+    assert made == ["meta", "meta"]  # none of its memory is held
+    assert prompt.pixel_values is not None and torch.equal(prompt.pixel_values, PIXELS[:4])
+    assert picture.patches(meta).is_meta and made == ["meta", "meta", "cpu"]

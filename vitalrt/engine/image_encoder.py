@@ -37,7 +37,7 @@ def images_of(prompt: Prompt, namespace: bytes, image_token_id: int) -> list[Ima
 
 
 class ImageEncoder:
-    """num_encoded: how many images the tower has seen."""
+    """num_encoded: how many images the tower has seen.  device: where it sees them."""
 
     def __init__(self, tower: VisionTower, max_bytes: int) -> None:
         """max_bytes: what the features of past images may take."""
@@ -45,7 +45,7 @@ class ImageEncoder:
         self.num_encoded = 0
         self._tower = tower
         self._captured = DeviceVision(tower)
-        self._device = tower.patch_embed.weight.device
+        self.device = tower.patch_embed.weight.device
         self._cpu_patches = CPU_BYTES // (tower.config.intermediate_size * tower.patch_embed.weight.itemsize)
 
     def knows(self, key: bytes) -> bool:
@@ -70,7 +70,7 @@ class ImageEncoder:
 
     def _groups(self, images: list[Image]) -> Iterator[list[Image]]:
         """Those that go through the tower together."""
-        most = sys.maxsize if self._device.type == "cuda" else self._cpu_patches
+        most = sys.maxsize if self.device.type == "cuda" else self._cpu_patches
         group: list[Image] = []
         for image in images:
             if group and sum(one.picture.num_patches for one in (*group, image)) > most:
@@ -81,12 +81,12 @@ class ImageEncoder:
             yield group
 
     def _encode(self, images: list[Image]) -> list[VisionFeatures]:
-        device = self._device
-        patches, grids = [image.picture.patches() for image in images], [image.picture.grid for image in images]
-        if device.type == "cuda" and len(images) == 1:  # sizes come again and again, combinations do not
+        patches = [image.picture.patches(self.device) for image in images]
+        grids = [image.picture.grid for image in images]
+        if self.device.type == "cuda" and len(images) == 1:  # sizes come again and again, combinations do not
             tokens, *deepstack = (level.clone() for level in self._captured(patches[0], grids))
         else:
-            tokens, deepstack = self._tower(torch.cat(patches).to(device), grids)
+            tokens, deepstack = self._tower(torch.cat(patches), grids)
         self.num_encoded += len(images)
         counts = [image.stop - image.start for image in images]
         by_image = zip(*(level.split(counts) for level in (tokens, *deepstack)), strict=True)

@@ -88,9 +88,10 @@ class Engine:
         self._lock = threading.RLock()
 
     def make_patches(self, pictures: Iterable[Picture], cache_salt: str | None = None) -> None:
-        """Of pictures that are about to be asked about, in the caller's thread; not where their features are kept."""
+        """Of pictures that are about to be asked about, in the caller's thread; not where their features are kept, and
+        not for a device other than the CPU, which makes them when the tower looks."""
         for picture in pictures:
-            if not self.encoder.knows(_namespace(cache_salt) + picture.digest):
+            if self.encoder.device.type == "cpu" and not self.encoder.knows(_namespace(cache_salt) + picture.digest):
                 picture.patches()
 
     def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:

@@ -2,7 +2,8 @@
 
 Gives what transformers' Qwen3-VL processor gives with its Pillow image backend: the same ids and grids, and patches
 that agree to 1e-5. (Its torchvision backend resizes with another bicubic filter, one or two of 255 grey levels apart in
-a few pixels.)
+a few pixels.) Patches are the same to the last bit wherever they are made: on the CPU by Pillow and numpy, on another
+device by torch.
 
 H, W pixels; T tokens; P patches.
 """
@@ -15,7 +16,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,12 +25,14 @@ import torch
 from PIL import Image
 
 from vitalrt.errors import CheckpointError, InputError
+from vitalrt.inputs.bicubic import resize_bicubic
 from vitalrt.inputs.image import ReadOptions, read_image
 from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.rope import Grid
 
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT_RATIO = 200
+PATCH_AXES = (0, 3, 1, 4, 6, 2, 5)  # _block_shape's: block row, block column, row, column, channel, y, x
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class PatchOptions:
     @property
     def patch_dim(self) -> int:
         return 3 * self.temporal_patch_size * self.patch_size**2
+
+    def normalisation(self) -> tuple[np.ndarray, np.ndarray]:
+        """(scale, shift), float32 [3, 1, 1] by channel: a value from 0 to 255 becomes value * scale - shift."""
+        scale = [1 / (255 * std) for std in self.std]
+        shift = [mean / std for mean, std in zip(self.mean, self.std, strict=True)]
+        return np.array(scale, np.float32)[:, None, None], np.array(shift, np.float32)[:, None, None]
 
     @classmethod
     def from_directory(cls, directory: Path) -> PatchOptions:
@@ -98,14 +107,36 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, Gri
     """
     height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
     resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    blocks = np.asarray(resized).reshape(_block_shape(height, width, options)).transpose(PATCH_AXES)
+    values = blocks.astype(np.float32, order="C").reshape(-1, 3, 1, options.patch_size**2)
+    scale, shift = options.normalisation()
+    values *= scale
+    values -= shift
+    grid = (1, height // options.patch_size, width // options.patch_size)
+    return values.repeat(options.temporal_patch_size, axis=2).reshape(len(values), -1), grid
+
+
+def patchify_on(device: torch.device, pixels: np.ndarray, options: PatchOptions) -> torch.Tensor:
+    """The patches of patchify(), float32 [P, patch_dim], from a picture that is moved as it is and resized there."""
+    height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
+    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staged.numpy()[...] = pixels
+    resized = resize_bicubic(staged.to(device, non_blocking=True), height, width)
+    blocks = resized.reshape(_block_shape(height, width, options)).permute(PATCH_AXES).contiguous()
+    scale, shift = _normalisation_on(device, options)
+    values = blocks.float().view(-1, 3, 1, options.patch_size**2).mul_(scale).sub_(shift)
+    return values.expand(-1, -1, options.temporal_patch_size, -1).reshape(len(values), -1)
+
+
+def _block_shape(height: int, width: int, options: PatchOptions) -> tuple[int, ...]:
+    """A resized picture's axes taken apart: block row, row, y, block column, column, x, channel."""
     patch, merge = options.patch_size, options.merge_size
-    grid_h, grid_w = height // patch, width // patch
-    blocks = np.asarray(resized).reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)  # block row, block column, row, column, channel, y, x
-    values = blocks.astype(np.float32, order="C").reshape(grid_h * grid_w, 3, 1, patch * patch)
-    values *= np.asarray([1 / (255 * std) for std in options.std], np.float32)[:, None, None]
-    values -= np.asarray([m / std for m, std in zip(options.mean, options.std, strict=True)], np.float32)[:, None, None]
-    return values.repeat(options.temporal_patch_size, axis=2).reshape(len(values), -1), (1, grid_h, grid_w)
+    return (height // (merge * patch), merge, patch, width // (merge * patch), merge, patch, 3)
+
+
+@lru_cache(maxsize=8)
+def _normalisation_on(device: torch.device, options: PatchOptions) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.from_numpy(part).to(device) for part in options.normalisation())
 
 
 class Processor:
@@ -135,7 +166,10 @@ class Processor:
         return hashlib.sha256(json.dumps(asdict(self.patch_options)).encode())
 
     def prepare(self, image: Any, question: str, options: ReadOptions) -> Prompt:
-        """image: anything read_image takes, a list of such, or None.  Raises InputError."""
+        """image: anything read_image takes, a list of such, or None. Patches are made at once, on the CPU.
+
+        Raises InputError.
+        """
         started = time.perf_counter()
         pictures = self.look_at(image, options)
         for picture in pictures:
@@ -163,8 +197,10 @@ class Processor:
         height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
         grid = (1, height // options.patch_size, width // options.patch_size)
 
-        def make_patches() -> torch.Tensor:
-            return torch.from_numpy(patchify(pixels, options)[0])
+        def make_patches(device: torch.device) -> torch.Tensor:
+            if device.type == "cpu":
+                return torch.from_numpy(patchify(pixels, options)[0])
+            return patchify_on(device, pixels, options)
 
         return Picture(grid, options.patch_dim, self._digest(pixels), make_patches)
 

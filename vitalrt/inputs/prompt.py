@@ -17,6 +17,8 @@ import torch
 from vitalrt.errors import InputError
 from vitalrt.model.rope import Grid
 
+CPU = torch.device("cpu")
+
 
 class Picture:
     """One image of a prompt.
@@ -26,9 +28,9 @@ class Picture:
     """
 
     def __init__(
-        self, grid: Grid, patch_dim: int, digest: bytes, patches: torch.Tensor | Callable[[], torch.Tensor]
+        self, grid: Grid, patch_dim: int, digest: bytes, patches: torch.Tensor | Callable[[torch.device], torch.Tensor]
     ) -> None:
-        """patches: float [P, patch_dim], or what makes them when they are first needed."""
+        """patches: float [P, patch_dim], or what makes them on a device when they are needed."""
         self.grid, self.patch_dim, self.digest = grid, patch_dim, digest
         self._patches = patches
 
@@ -36,12 +38,18 @@ class Picture:
     def num_patches(self) -> int:
         return math.prod(self.grid)
 
-    def patches(self) -> torch.Tensor:
-        """[P, patch_dim], made at the first call. Who finds the image's features by its digest need not ask."""
+    def patches(self, device: torch.device = CPU) -> torch.Tensor:
+        """[P, patch_dim] on a device. Who finds the image's features by its digest need not ask.
+
+        On the CPU they are made at the first call. Another device makes them at every call where the CPU has none:
+        kept, those of all who wait in line would fill its memory.
+        """
         patches = self._patches
         if not isinstance(patches, torch.Tensor):
-            patches = self._patches = patches()  # and what they were made from may go
-        return patches
+            patches = patches(device)
+            if device.type == "cpu":
+                self._patches = patches  # and what they were made from may go
+        return patches.to(device)
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)
@@ -52,7 +60,7 @@ class Prompt:
     pixel_values: [P, patch_dim] float or None.  image_grid_thw: [I, 3] patches per image (time, height, width) or None.
     digests: one SHA-256 per image, of its decoded pixels and the preprocessing parameters; when not given, of its
     patches and grid.
-    preprocess_ms: time spent on reading, resizing and tokenizing.
+    preprocess_ms: time spent on reading, resizing (where patches were made by then) and tokenizing.
     Raises InputError on shapes that disagree.
     """
 
