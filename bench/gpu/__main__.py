@@ -60,7 +60,7 @@ class Bench:
         return {"parameters": parameters, "dtype": str(self.dtype).removeprefix("torch."), "config": repr(self.config)}
 
     def measure_requests(self, record: Record) -> dict[str, Any]:
-        is_promised = self.device.type == "cuda" and self.config == KNOWN_MODELS["Qwen3-VL-8B"]
+        is_promised = "H200" in device_name(self.device) and self.config == KNOWN_MODELS["Qwen3-VL-8B"]
         contenders = requests.Contenders(self.model, record.quick)
         return requests.measure_requests(record, contenders, is_promised)
 
@@ -85,8 +85,8 @@ class Bench:
             Section("card", self.measure_card, 30),
             Section("model", self.build, 60),
             Section("kernels", needs(lambda r: kernels.measure(r, self.model, self.card)), 90),
-            Section("requests", needs(self.measure_requests), 190),
             Section("numerics", needs(lambda r: numerics.measure(r, self.model)), 60),
+            Section("requests", needs(self.measure_requests), 190),
             Section("batches", needs(lambda r: requests.measure_batches(r, self.model, self.card)), 45),
             Section("profile", needs(lambda r: profile.measure(r, self.model, self.card)), 30),
             Section("int8", needs(lambda r: int8.measure(r, self.model)), 40),

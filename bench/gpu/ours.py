@@ -13,6 +13,7 @@ from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
 from vitalrt.model.qwen3_vl import Qwen3VL
+from vitalrt_kernels.gpu import overlap
 
 PAGE = 16
 ENDLESS = 2**30  # a limit that is never reached
@@ -104,7 +105,5 @@ class InTurn(Ours):
 @contextmanager
 def launched_in_turn() -> Iterator[None]:
     """What is captured inside does not overlap."""
-    from vitalrt_kernels.gpu import overlap
-
     with mock.patch.object(overlap, "can_overlap", lambda device: False):
         yield

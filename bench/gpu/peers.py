@@ -70,7 +70,7 @@ class Eager:
 
 
 class Compiled:
-    """transformers with a static cache and torch.compile(mode="reduce-overhead") of both kinds of step.
+    """transformers with a static cache and torch.compile(mode="reduce-overhead") of decoder and head.
 
     Prefill is eager, as in its own generate(). Tokens are read back after the last one.
     """
@@ -82,34 +82,36 @@ class Compiled:
             raise SkippedError('torch.compile(mode="reduce-overhead") captures CUDA graphs: it needs a CUDA device')
         self.model = model
         self.cache = StaticCache(config=model.config.text_config, max_cache_len=max_tokens)
-        self._latent = torch.compile(self._latent_step, mode="reduce-overhead")
-        self._answer = torch.compile(self._answer_step, mode="reduce-overhead")
+        # The decoder once for both kinds of step: compiling it takes most of a minute.
+        self._decode = torch.compile(self._decoder, mode="reduce-overhead")
+        self._choose = torch.compile(self._head, mode="reduce-overhead")
 
-    def _latent_step(self, hidden: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    def _decoder(self, x: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         text = self.model.model.language_model
-        return text(inputs_embeds=hidden, position_ids=position, past_key_values=self.cache).last_hidden_state
+        return text(inputs_embeds=x, position_ids=position, past_key_values=self.cache).last_hidden_state
 
-    def _answer_step(self, token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        hidden = self._latent_step(self.model.get_input_embeddings()(token), position)
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(hidden).argmax(-1)
 
     def begin(self, prompt: BenchPrompt, k: int = 0) -> None:
         self.cache.reset()
         out = self.model.model(**processor_inputs(self.model, prompt), past_key_values=self.cache)
-        self.hidden = out.last_hidden_state[:, -1:].clone()
+        # Of the strides that a step's own has, or the next step is compiled anew.
+        self.hidden = out.last_hidden_state[:, -1:].clone(memory_format=torch.contiguous_format)
         self.token = self.model.lm_head(self.hidden).argmax(-1)
         self.position = torch.full((3, 1, 1), prompt.next_position, device=self.model.device)
 
     def latent_steps(self, count: int) -> None:
         for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            self.hidden = self._latent(self.hidden, self.position).clone()
+            self.hidden = self._decode(self.hidden, self.position).clone()
             self.position += 1
 
     def answer_tokens(self, count: int) -> None:
         for _ in range(count):
             torch.compiler.cudagraph_mark_step_begin()
-            self.token = self._answer(self.token, self.position).clone()
+            x = self.model.get_input_embeddings()(self.token)
+            self.token = self._choose(self._decode(x, self.position)).clone()
             self.position += 1
 
     def request(self, prompt: BenchPrompt, k: int, num_tokens: int) -> list[int]:

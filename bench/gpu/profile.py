@@ -27,8 +27,6 @@ def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
         raise SkippedError("the launches of a CUDA graph are seen on a CUDA device only")
     prompt = prompt_of(model.config, PROMPT)
     ours.request(prompt, 4, 4)
-    outcome = {"request": host_waits(ours, prompt)}
-    record.tell("profile", **outcome)
     ours.begin(prompt)
     ours.answer_tokens(3)
     torch.cuda.synchronize()
@@ -36,14 +34,16 @@ def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
         ours.answer_tokens(1)
         torch.cuda.synchronize()
     launches = [event for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    record.tell("profile", request=host_waits(ours, prompt))
+    if not launches:
+        raise SkippedError("the profiler has seen no launch of the replayed graph")
     launches = sorted(launches, key=lambda event: event.time_range.start)
-    busy = sum(event.time_range.elapsed_us() for event in launches)
-    span = launches[-1].time_range.end - launches[0].time_range.start
+    took, gaps = _shares(launches)
     dtype = "fp32" if ours.step.rows.hidden.dtype == torch.float32 else "bf16"
     cost = step_cost(model.config.decoder, answers=True, context=PROMPT, dtype=dtype)
     floor_us = 1000 * cost.floor_ms(card)
-    outcome |= {"launches": len(launches), "span_us": round(span, 1), "busy_us": round(busy, 1)}
-    outcome |= {"gaps_us": round(span - busy, 1), "floor_us": round(floor_us, 1)}
+    outcome: dict[str, Any] = {"launches": len(launches), "span_us": round(sum(took) + gaps, 1)}
+    outcome |= {"gaps_us": round(gaps, 1), "floor_us": round(floor_us, 1)}
     planned = _in_order(model.config.decoder.num_hidden_layers)
     # cuBLAS may have taken some: more launches than ours would have been.
     names = planned if len(launches) == len(planned) else [event.name for event in launches]
@@ -52,9 +52,9 @@ def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
         moved = operation.weight_bytes + operation.kv_bytes
         floors[operation.name] = operation.launches * 1000 * card.floor_ms(moved, operation.flops)
     spent = Counter[str]()
-    for name, event in zip(names, launches, strict=True):
-        spent[name] += event.time_range.elapsed_us()
-    losses = {name: time - floors.get(name, 0.0) for name, time in spent.items()} | {"gaps": span - busy}
+    for name, time in zip(names, took, strict=True):
+        spent[name] += time
+    losses = {name: time - floors.get(name, 0.0) for name, time in spent.items()} | {"gaps": gaps}
     worst = sorted(losses.items(), key=lambda pair: -pair[1])
     outcome["us_by_operation"] = {
         name: {"us": round(time, 1), "floor_us": round(floors.get(name, 0.0), 1)}
@@ -62,6 +62,21 @@ def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
     }
     outcome["largest_losses"] = [{"what": name, "us": round(loss, 1)} for name, loss in worst[:3]]
     return outcome
+
+
+def _shares(launches: list[Any]) -> tuple[list[float], float]:
+    """Of the time from the first start to the last end: what each launch took, in microseconds, and all gaps.
+
+    A launch that began while the one before it still ran is given what it took after that one's end.
+    """
+    took, gaps = [], 0.0
+    end = launches[0].time_range.start
+    for launch in launches:
+        start, own_end = launch.time_range.start, max(end, launch.time_range.end)
+        gaps += max(0.0, start - end)
+        took.append(own_end - max(start, end))
+        end = own_end
+    return took, gaps
 
 
 def host_waits(ours: Ours, prompt: Any) -> dict[str, Any]:

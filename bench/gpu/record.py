@@ -23,6 +23,12 @@ class SkippedError(Exception):
     """Why a section or a part of it cannot run here."""
 
 
+def in_short(error: Exception) -> str:
+    """Its kind, and the first line of what it says, if it says anything."""
+    first, *_ = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {first[:300]}"
+
+
 @dataclass(frozen=True)
 class Section:
     """name: key of its results.  run(record) returns them as JSON takes them.  budget_s: time it may take."""

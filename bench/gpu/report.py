@@ -41,6 +41,8 @@ def table(results: dict[str, Any]) -> Table:
         ours = by_name.get("vitalrt", {}).get("p50")
         others = "; ".join(f"{name} {row['p50']:.2f}" for name, row in by_name.items() if name != "vitalrt")
         shown.add_row(what, f"{ours:.3f} ms" if ours else "–", others)
+    if (agrees := results.get("requests", {}).get("overlap_agrees")) is not None:
+        shown.add_row("overlapping launches", "agree" if agrees else "DIFFER", "with launches in turn, to the last bit")
     shown.add_section()
     for name, row in results.get("batches", {}).get("rows", {}).items():
         shown.add_row(name, f"{row['ms']['p50']:.3f} ms", f"floor {row['floor_ms']:.3f} ms, {row['share']:.0%}")

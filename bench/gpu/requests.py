@@ -9,12 +9,13 @@ import torch
 
 from bench.gpu.ours import PAGE, InTurn, Ours
 from bench.gpu.peers import Compiled, Eager, TorchGraph
-from bench.gpu.record import Record, SkippedError
+from bench.gpu.record import Record, SkippedError, in_short
 from bench.gpu.shapes import MINIATURE, BenchPrompt, prompt_of, transformers_model
 from bench.gpu.timing import spread_of, synchronize, time_ms
 from vitalrt.engine.graphs import StepGraphs
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model_cost import Card, step_cost
+from vitalrt_kernels.gpu.overlap import can_overlap
 
 PROMPT = 500
 PREFILLS = (300, 500, 1000, 1500)
@@ -31,7 +32,14 @@ class Contenders:
         self.model = model
         self.skipped: dict[str, str] = {}
         self.ours = Ours(model, num_rows=1, row_tokens=2048)
-        self.all: list[Any] = [self.ours, InTurn(model, num_rows=1, row_tokens=2048), TorchGraph(model, 2048)]
+        self.all: list[Any] = [self.ours]
+        self.in_turn: InTurn | None = None
+        if can_overlap(self.ours.device):
+            self.in_turn = InTurn(model, num_rows=1, row_tokens=2048)
+            self.all.append(self.in_turn)
+        else:
+            self.skipped[InTurn.name] = "launches overlap on cards of compute capability 9.0 on"
+        self.all.append(TorchGraph(model, 2048))
         theirs = transformers_model(model)
         self.eager = Eager(theirs)
         self.all.append(self.eager)
@@ -41,6 +49,21 @@ class Contenders:
             self.all.append(Compiled(theirs, 2048))
         except SkippedError as reason:
             self.skipped[Compiled.name] = str(reason)
+
+    def overlap_agrees(self, prompt: BenchPrompt) -> bool | None:
+        """Whether launches that overlap give the very latents and tokens that launches in turn give, every time.
+
+        Both run the same kernels in the same order of sums: any difference is one that did not wait for another. None
+        where there is nothing to compare.
+        """
+        if self.in_turn is None:
+            return None
+        outcomes = []
+        for ours in [self.in_turn, *[self.ours] * 5]:
+            tokens = ours.request(prompt, LATENTS[-1], ANSWER)
+            outcomes.append((tokens, ours.step.latents[: LATENTS[-1]].clone()))
+        first_tokens, first_latents = outcomes[0]
+        return all(tokens == first_tokens and torch.equal(latents, first_latents) for tokens, latents in outcomes)
 
     def warm_up(self, record: Record, prompt: BenchPrompt) -> None:
         """Compile, capture, choose kernels. Who fails or takes over half the section's time is left out, and told."""
@@ -56,14 +79,14 @@ class Contenders:
                 if contender is self.ours:
                     raise
                 self.all.remove(contender)
-                self.skipped[contender.name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+                self.skipped[contender.name] = in_short(error)
 
 
 def measure_requests(record: Record, contenders: Contenders, is_promised: bool) -> dict[str, Any]:
     """c and d: every contender once per round.  is_promised: whether `claims` are of this model and kind of device."""
     device, prompt = contenders.ours.device, prompt_of(contenders.model.config, PROMPT)
     contenders.warm_up(record, prompt)
-    record.tell("requests", skipped=contenders.skipped)
+    record.tell("requests", skipped=contenders.skipped, overlap_agrees=contenders.overlap_agrees(prompt))
     times: dict[tuple[str, str], list[float]] = {}
     thought = THOUGHT if device.type == "cuda" else THOUGHT // MINIATURE
 
@@ -93,10 +116,10 @@ def measure_requests(record: Record, contenders: Contenders, is_promised: bool) 
         if record.seconds_left < 5:
             break
         long = prompt_of(contenders.model.config, num_tokens)
-        for round_ in record.rounds(5):
+        for round_ in record.rounds(6):
             for who in (contenders.ours, contenders.eager):
                 took = time_ms(lambda who=who, long=long: who.begin(long), device)
-                if round_:  # the first captures, or chooses kernels
+                if round_ > 1:  # the first two capture, decoder and tower, or choose kernels
                     times.setdefault((f"prefill {num_tokens}", who.name), []).append(took)
         record.tell("requests", ms=_by_row(times))
     return {"prompt_tokens": prompt.num_tokens, "answer_tokens": ANSWER, "skipped": contenders.skipped}

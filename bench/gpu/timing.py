@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vitalrt.engine.graphs import Graphs
 from vitalrt.spread import Spread
 
 
@@ -44,21 +45,18 @@ def replayed_us(function: Callable[[int], Any], calls: int, device: torch.device
     if device.type != "cuda":
         all_calls()
         return spread_of([time_ms(all_calls, device) * 1000 / calls for _ in range(rounds)])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        all_calls()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        all_calls()
-    graph.replay()
+    graphs = Graphs(device)
+
+    def replay() -> None:
+        graphs("all calls", all_calls, dry_run=all_calls)
+
+    replay()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     once: list[float] = []
     for _ in range(rounds):
         start.record()
         for _ in range(4):
-            graph.replay()
+            replay()
         stop.record()
         stop.synchronize()
         once.append(start.elapsed_time(stop) * 1000 / (4 * calls))

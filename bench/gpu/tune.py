@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.files import replace_whole
-from bench.gpu.record import Record
+from bench.gpu.record import Record, in_short
 from bench.gpu.timing import replayed_us
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import Int8Weight, Norm, new_tickets, quantise_int8
@@ -35,12 +35,16 @@ TILES = {
 
 
 class Matrix(NamedTuple):
-    """run(i, tile): its product, as a step does it, by the i-th of `weights`; cublas(i): the same by torch."""
+    """run(i, tile): its product, as a step does it, by the i-th of `weights`; cublas(i): the same by torch.
+
+    numbers: of a result, what it is held to the default's by.
+    """
 
     name: str
     weights: list[Any]
     run: Callable[[int, Tile | None], torch.Tensor]
     cublas: Callable[[int], torch.Tensor]
+    numbers: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
 
     def shape(self, num_rows: int) -> Shape:
         first = self.weights[0]
@@ -73,19 +77,19 @@ def _measure_one(matrix: Matrix, num_rows: int, as_int8: bool, device: torch.dev
         contenders[str([*tile])] = lambda i, tile=tile: matrix.run(i, tile)
     if not as_int8:
         contenders[CUBLAS] = matrix.cublas
-    expected = contenders["default"](0).double()
+    expected = matrix.numbers(contenders["default"](0))
     us: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, run in contenders.items():
         try:
-            error = float((run(0).double() - expected).norm() / expected.norm())
+            error = float((matrix.numbers(run(0)) - expected).norm() / expected.norm())
             if not error < FURTHEST:
                 raise RuntimeError(f"relative error {error:.2e}")
             us[name] = replayed_us(run, len(matrix.weights), device, rounds=5)["p50"]
         except Exception as error:  # too much shared memory on this card, say
             if name == "default" or isinstance(error, TimeoutError):
                 raise
-            failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            failed[name] = in_short(error)
     row = {"matrix": matrix.name, "rows": num_rows, "int8": as_int8, "us": us}
     return row | ({"failed": failed} if failed else {})
 
@@ -124,6 +128,8 @@ def matrices(model: Qwen3VL, num_rows: int, as_int8: bool) -> Iterator[Matrix]:
         [head] * 3,  # larger than L2: each reads it from memory
         lambda i, tile: head_argmax.head_argmax(x, head, tickets, tile),
         lambda i: linear_cublas(x, head).argmax(-1),
+        # Of the tokens their logits: two of the same size may be chosen either way.
+        lambda tokens: (x.double() * own_head[tokens].double()).sum(1),
     )
 
 

@@ -18,13 +18,19 @@ class Graphs:
     """Functions of no argument, each captured when it is first called and replayed from then on.
 
     A function works on tensors that stay where they are, and nothing it allocates may be used after it: all share one
-    pool of memory. before() and after() stand around the run that compiles kernels: it must leave no trace.
+    pool of memory. Its dry run compiles kernels and must leave no trace.
+
+    cuBLAS keeps a workspace for each stream, allocated where it is first called, and a graph holds its address. So
+    these graphs have a stream to be captured in that nobody else uses, and dry runs have another: the workspace then
+    lies in the graphs' own pool, and as long as they do.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.is_captured = device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.is_captured else None
+        if self.is_captured:
+            self._pool = torch.cuda.graph_pool_handle()
+            self._capture_stream, self._dry_run_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def __call__(self, key: Hashable, function: Callable[[], None], dry_run: Callable[[], None]) -> None:
         """dry_run: calls function without consequences."""
@@ -42,15 +48,19 @@ class Graphs:
         del self._graphs[key]
 
     def _capture(self, function: Callable[[], None], dry_run: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries choose their kernels and take their workspaces here
+        caller = torch.cuda.current_stream()
+        self._dry_run_stream.wait_stream(caller)
+        with torch.cuda.stream(self._dry_run_stream):
             dry_run()
-        torch.cuda.current_stream().wait_stream(stream)
+        caller.wait_stream(self._dry_run_stream)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile (a server reads images) is no part of it.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            function()
+        stream, mode = self._capture_stream, "thread_local"  # what other threads do meanwhile is no part of it
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
+                function()
+        except BaseException:
+            torch.cuda.set_stream(caller)  # which torch leaves behind where the end of a capture fails
+            raise
         return graph
 
 

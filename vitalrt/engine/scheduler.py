@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,7 @@ class Engine:
 
         Whatever it raises, the sequences that were in the failing pass are cancelled and their pages are free.
         """
-        with self._lock:
+        with self._lock, _current(self.cache.k.device):
             self._expire()
             self._admit_and_prefill()
             if not self._batch.sequences:
@@ -355,6 +356,11 @@ def _rank_of(sequence: Sequence) -> Rank:
 
 
 @functools.lru_cache(maxsize=1024)
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Streams, graphs and kernels are of the current device, which need not be the model's."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _namespace(cache_salt: str | None) -> bytes:
     """An engine has one model, so the salt alone tells namespaces apart."""
     return namespace_digest("", None, cache_salt)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
@@ -150,30 +151,21 @@ class PrefillAttention:
     def __init__(self, cache: PagedCache, chunks: Many[Chunk]) -> None:
         self.cache, self.chunks = cache, chunks
         self.slots = torch.cat([chunk.slots for chunk in chunks])
-        device = cache.k.device
-        # Who begins with this chunk needs no mask but "causal"; the others see all before it as well.
-        self.masks = [
-            torch.ones(chunk.count, chunk.stop, dtype=torch.bool, device=device).tril(chunk.start)
-            if chunk.start
-            else None
-            for chunk in chunks
-        ]
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = self.cache.k[layer], self.cache.v[layer]
         kv_append(keys, values, k, v, self.slots)
         counts = [chunk.count for chunk in self.chunks]
         attended = []
-        for chunk, mask, own_q, own_k, own_v in zip(
-            self.chunks, self.masks, q.split(counts), k.split(counts), v.split(counts), strict=True
+        for chunk, own_q, own_k, own_v in zip(
+            self.chunks, q.split(counts), k.split(counts), v.split(counts), strict=True
         ):
-            if mask is not None:
+            if chunk.start:
                 held = chunk.sequence.slots[: chunk.stop]
                 own_k, own_v = keys[held], values[held]
             own_q, own_k, own_v = (tensor.transpose(0, 1)[None] for tensor in (own_q, own_k, own_v))
-            attended.append(
-                scaled_dot_product_attention(own_q, own_k, own_v, mask, is_causal=mask is None, enable_gqa=True)
-            )
+            causal = causal_lower_right(chunk.count, chunk.stop)
+            attended.append(scaled_dot_product_attention(own_q, own_k, own_v, causal, enable_gqa=True))
         return torch.cat(attended, dim=2)[0].transpose(0, 1)
 
 

@@ -103,7 +103,7 @@ def linear_decode(
         tile = tile or tuned_tile(len(x), values) or default_tile(len(x), swiglu)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
-            ROWS=1 if len(x) == 1 else MAX_ROWS, FETCHED=FETCHED_COLUMNS // (2 if swiglu else 1),
+            ROWS=1 if len(x) == 1 else MAX_ROWS, FETCHED=FETCHED_COLUMNS,
             **tile.options(), **overlap_options(x),
         )  # fmt: skip
     return y
