@@ -43,6 +43,8 @@ def table(results: dict[str, Any]) -> Table:
         shown.add_row(what, f"{ours:.3f} ms" if ours else "–", others)
     if (agrees := results.get("requests", {}).get("overlap_agrees")) is not None:
         shown.add_row("overlapping launches", "agree" if agrees else "DIFFER", "with launches in turn, to the last bit")
+    if (agrees := results.get("requests", {}).get("patches_agree")) is not None:
+        shown.add_row("patches cut on the device", "agree" if agrees else "DIFFER", "with Pillow's, to the last bit")
     shown.add_section()
     for name, row in results.get("batches", {}).get("rows", {}).items():
         shown.add_row(name, f"{row['ms']['p50']:.3f} ms", f"floor {row['floor_ms']:.3f} ms, {row['share']:.0%}")

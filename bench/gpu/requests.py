@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.gpu.ours import PAGE, InTurn, Ours
@@ -13,6 +14,7 @@ from bench.gpu.record import Record, SkippedError, in_short
 from bench.gpu.shapes import MINIATURE, BenchPrompt, prompt_of, transformers_model
 from bench.gpu.timing import spread_of, synchronize, time_ms
 from vitalrt.engine.graphs import StepGraphs
+from vitalrt.inputs.processor import PatchOptions, patchify, patchify_on
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model_cost import Card, step_cost
 from vitalrt_kernels.gpu.overlap import can_overlap
@@ -21,6 +23,7 @@ PROMPT = 500
 PREFILLS = (300, 500, 1000, 1500)
 LATENTS = (0, 1, 2, 4)
 QUESTION, ANSWER, THOUGHT = 16, 20, 920
+PICTURE = 1500  # pixels a side, before it is resized
 BATCHES = (1, 8, 64)
 STEPS = 16  # timed as one, so that the host's way in and out does not count
 
@@ -111,7 +114,8 @@ def measure_requests(record: Record, contenders: Contenders, is_promised: bool) 
             took = time_ms(lambda who=who: who.go_on(prompt, QUESTION), device)
             if round_:  # the first captures, or chooses kernels
                 times.setdefault((f"prefill, {QUESTION} more", who.name), []).append(took)
-    record.tell("requests", ms=_by_row(times))
+    agree = measure_patches(record, device, times)
+    record.tell("requests", ms=_by_row(times), patches_agree=agree)
     for num_tokens in PREFILLS:
         if record.seconds_left < 5:
             break
@@ -123,6 +127,24 @@ def measure_requests(record: Record, contenders: Contenders, is_promised: bool) 
                     times.setdefault((f"prefill {num_tokens}", who.name), []).append(took)
         record.tell("requests", ms=_by_row(times))
     return {"prompt_tokens": prompt.num_tokens, "answer_tokens": ANSWER, "skipped": contenders.skipped}
+
+
+def measure_patches(record: Record, device: torch.device, times: dict[tuple[str, str], list[float]]) -> bool:
+    """To patches on the device: of a picture that goes there as bytes, or cut on the host. Whether both are the same."""
+    side = PICTURE if device.type == "cuda" else PICTURE // MINIATURE
+    pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    options = PatchOptions(16, 2, 2, min_pixels=1 << 16, max_pixels=1 << 20, mean=(0.5,) * 3, std=(0.5,) * 3)
+    ways: dict[str, Callable[[], torch.Tensor]] = {
+        Ours.name: lambda: patchify_on(device, pixels, options),
+        "Pillow on the host": lambda: torch.from_numpy(patchify(pixels, options)[0]).to(device),
+    }
+    for round_ in record.rounds(6):
+        for name, way in ways.items():
+            took = time_ms(way, device)
+            if round_:
+                times.setdefault((f"patches of {side} x {side}", name), []).append(took)
+    here, there = (way() for way in ways.values())
+    return torch.equal(here, there)
 
 
 def _by_row(times: dict[tuple[str, str], list[float]]) -> dict[str, dict[str, Any]]:

@@ -70,6 +70,8 @@ def test_everybody_does_every_kind_of_work(quick) -> None:
         assert {"vitalrt", "plain torch, graphed", "transformers"} <= ms[what].keys(), what
     assert {"request K=1", "request K=2", "prefill 300", "prefill 1500"} <= ms.keys()
     assert any(what.startswith("request CoT") for what in ms)
+    assert any(what.startswith("patches") and len(by_name) == 2 for what, by_name in ms.items())
+    assert quick[0]["sections"]["requests"]["patches_agree"]
 
 
 def test_errors_are_of_this_model(quick) -> None:
