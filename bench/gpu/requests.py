@@ -130,7 +130,7 @@ def measure_requests(record: Record, contenders: Contenders, is_promised: bool) 
 
 
 def measure_patches(record: Record, device: torch.device, times: dict[tuple[str, str], list[float]]) -> bool:
-    """To patches on the device: of a picture that goes there as bytes, or cut on the host. Whether both are the same."""
+    """A picture's patches on the device: cut there, or on the host. Whether they are the same."""
     side = PICTURE if device.type == "cuda" else PICTURE // MINIATURE
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     options = PatchOptions(16, 2, 2, min_pixels=1 << 16, max_pixels=1 << 20, mean=(0.5,) * 3, std=(0.5,) * 3)
