@@ -170,27 +170,6 @@ def test_a_step_launches_what_the_cost_model_says(answers: bool, tiny, monkeypat
     assert launched == planned
 
 
-@torch.inference_mode()
-def test_the_host_reads_nothing_of_the_device(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without data cannot be read: a request's whole loop runs on them, but for the tokens it ends with."""
-    decoder = Decoder(tiny.model.weights.decoder.config).to("meta")
-    shape = (2, decoder.config.num_hidden_layers, PAGE * PAGES, decoder.config.num_key_value_heads)
-    caches = torch.empty(*shape, decoder.config.head_dim, device="meta")
-    step = DeviceStep(StepWeights(decoder), *caches, PAGE, BATCH, stop_ids=[3])
-    # Its reference reads lengths, and its Triton form does not.
-    monkeypatch.setattr(
-        device_step, "paged_attention", lambda qkv, *others: qkv[:, : decoder.config.num_attention_heads].contiguous()
-    )
-    step.place(0, step.rows.hidden[0], 5, 9, torch.zeros(3, dtype=torch.int32), k=2, limit=20)
-    step.think(2)
-    step.step(4, answers=True)
-    step.load(step.rows.hidden[:2], [3, 4], [3, 9], [0, 1], [8, 8], torch.zeros(2, 3, dtype=torch.int32))
-    step.tell([1, 2])
-    step.step(2, answers=False)
-    with pytest.raises(NotImplementedError, match="meta"):
-        step.rows.tokens.tolist()
-
-
 def test_only_what_comes_again_is_captured(tiny) -> None:
     vision = DeviceVision(tiny.model.weights.vision)
     grids = [((1, 2, 2 * n),) for n in range(1, MAX_SEEN + 2)]
