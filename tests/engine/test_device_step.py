@@ -14,7 +14,6 @@ from vitalrt.engine import device_step
 from vitalrt.engine.device_prefill import MAX_SEEN, DevicePrefill, DeviceVision
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
-from vitalrt.model.decoder import Decoder
 from vitalrt.model.rope import mrope_positions
 from vitalrt.model_cost import step_cost
 
