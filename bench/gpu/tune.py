@@ -24,8 +24,9 @@ FURTHEST = 2e-2  # relative error from the default's result
 LONGEST_S = 40  # of one matrix, most of it compiling
 TILES = {
     1: (
-        Tile(16, 512, 1, 8), Tile(8, 512, 1, 4), Tile(8, 1024, 1, 8), Tile(4, 1024, 1, 4), Tile(32, 256, 1, 8),
-        Tile(16, 1024, 1, 8), Tile(16, 512, 3, 8), Tile(8, 512, 3, 4), Tile(8, 1024, 2, 8), Tile(16, 1024, 2, 8),
+        Tile(4, 512, 1, 2), Tile(2, 512, 1, 2), Tile(8, 512, 1, 2), Tile(4, 1024, 1, 4), Tile(2, 1024, 1, 4),
+        Tile(8, 1024, 1, 4), Tile(4, 2048, 1, 8), Tile(2, 2048, 1, 8), Tile(8, 2048, 1, 8), Tile(4, 256, 1, 1),
+        Tile(8, 256, 1, 1),
     ),
     MAX_ROWS: (
         Tile(16, 128, 4, 4), Tile(16, 256, 3, 4), Tile(32, 128, 4, 4), Tile(16, 128, 6, 4), Tile(32, 256, 3, 8),

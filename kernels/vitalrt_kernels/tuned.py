@@ -23,7 +23,8 @@ CUBLAS = "cublas"
 class Tile(NamedTuple):
     """What a thread block does at once: outputs x columns of a weight, in `warps` warps.
 
-    stages: how many such pieces are on their way, through shared memory; with 1 and one row they go to registers.
+    Of one row, columns are 256 for each warp, or more, and stages is 1: weights go to registers. Of several, stages is
+    how many such pieces are on their way through shared memory.
     """
 
     outputs: int

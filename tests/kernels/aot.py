@@ -28,6 +28,7 @@ from vitalrt_kernels.gpu import overlap
 
 CUDA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 WAIT = "ACQBULK"  # griddepcontrol.wait, as machine code
+LOOP = re.compile(r"^(\.L_x_\d+):$(.*?)BRA `\(\1\)", re.DOTALL | re.MULTILINE)
 GLOBAL_ACCESS = re.compile(r"\b(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG)(\.|\s)")
 d, INTERMEDIATE, VOCAB, H, G, D = 4096, 12288, 151936, 32, 8, 128
 FEATURES = 1152  # of MedSigLIP
@@ -147,6 +148,10 @@ def _say(tool: str, *arguments: str) -> str:
     return subprocess.run([CUDA_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def _barriers(loop: tuple[str, str]) -> int:
+    return loop[1].count("BAR.SYNC")
+
+
 def main(capabilities: list[int]) -> None:
     names = [module.name for module in pkgutil.iter_modules(vitalrt_kernels.gpu.__path__, "vitalrt_kernels.gpu.")]
     targets: dict[str, int] = {}
@@ -167,6 +172,10 @@ def main(capabilities: list[int]) -> None:
         rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
         before, waits, _ = code.partition(WAIT)
         rows[-1] |= {"waits": bool(waits), "accesses_before": len(GLOBAL_ACCESS.findall(before))}
+        rows[-1] |= {
+            "rows": options.get("ROWS"),
+            "barriers_in_loop": max(map(_barriers, LOOP.findall(code)), default=0),
+        }
 
     JITFunction.run = compile_only
     for capability in capabilities:

@@ -51,6 +51,16 @@ def test_kernels_of_a_step_wait_before_they_touch_anything(compiled: dict[str, A
     assert all(row["accesses_before"] for row in steps if not row["waits"]), "the pattern finds accesses"
 
 
+def test_warps_of_one_row_do_not_wait_for_each_other(compiled: dict[str, Any]) -> None:
+    """In the loop over a weight's columns a barrier would let all of them wait for the slowest load.
+
+    Loops of sm_120 end in ways that the pattern does not know.
+    """
+    linear = [row for row in compiled["rows"] if row["kernel"] == "_linear_decode_kernel" and row["capability"] < 120]
+    assert [row for row in linear if row["rows"] == 1 and row["barriers_in_loop"]] == []
+    assert all(row["barriers_in_loop"] for row in linear if row["rows"] == 16), "the pattern finds barriers"
+
+
 def _blocks_that_fit(row: dict[str, Any]) -> int:
     registers, shared, threads = LIMITS[row["capability"]]
     warp_registers = -(-row["REG"] * 32 // 256) * 256  # handed out to a warp in units of 256

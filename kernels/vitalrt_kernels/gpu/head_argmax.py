@@ -5,13 +5,13 @@ import triton
 import triton.language as tl
 
 from vitalrt_kernels.gpu.overlap import FETCHED_COLUMNS, fetch_rows, overlap_options, wait_for_previous
-from vitalrt_kernels.gpu.rows_times_weight import add_product, empty_total, finish_total, load_rows
+from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
-BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode
-SLICES_AT_ONCE = {1: 1024, MAX_ROWS: 256}  # by rows of the tile: what fits in registers
+BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode: 16 kB for one row, 24 for several
+SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in registers
 
 
 @triton.jit
@@ -21,22 +21,23 @@ def _head_argmax_kernel(
     SLICES_AT_ONCE: tl.constexpr, FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
-    ids = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) * BLOCK_N
+    ids = first + tl.arange(0, BLOCK_N)
     fetch_rows(head_ptr, ids, vocab, width, OVERLAPS, FETCHED)
     wait_for_previous(OVERLAPS)
-    total = empty_total(ROWS, BLOCK_N, BLOCK_K)
-    for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-        columns = start + tl.arange(0, BLOCK_K)
-        h = load_rows(h_ptr, num_rows, width, columns, ROWS)
-        total = add_product(total, h, head_ptr, ids, vocab, width, columns, ROWS)
-    logits = finish_total(total, scale_ptr, ids, vocab, ROWS).to(h_ptr.dtype.element_ty).to(tl.float32)
+    logits, _ = times_weight(
+        h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES
+    )
+    if scale_ptr is not None:
+        logits *= tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
+    logits = logits.to(h_ptr.dtype.element_ty).to(tl.float32)
     logits = tl.where(logits != logits, float("inf"), logits)
     logits = tl.where((ids < vocab)[None, :], logits, float("-inf"))
     best, place = tl.max(logits, 1, return_indices=True)
     num_slices = tl.num_programs(0)
     slices = rows.to(tl.int64) * num_slices + tl.program_id(0)
     tl.store(best_ptr + slices, best, mask=rows < num_rows)
-    tl.store(best_id_ptr + slices, tl.program_id(0) * BLOCK_N + place, mask=rows < num_rows)
+    tl.store(best_id_ptr + slices, first + place, mask=rows < num_rows)
     if is_last_block(ticket_ptr, num_slices):
         best = tl.full([ROWS], float("-inf"), tl.float32)
         token = tl.full([ROWS], 0, tl.int32)
@@ -55,7 +56,7 @@ def _head_argmax_kernel(
 
 def default_tile(num_rows: int) -> Tile:
     """By the same reasoning as linear_decode's."""
-    return Tile(16, 512, stages=1, warps=8) if num_rows == 1 else Tile(32, 128, stages=3, warps=4)
+    return Tile(8, 2048, stages=1, warps=8) if num_rows == 1 else Tile(32, 128, stages=3, warps=4)
 
 
 def head_argmax(
@@ -64,14 +65,14 @@ def head_argmax(
     """tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
     tile = tile or tuned_tile(len(h), values) or default_tile(len(h))
-    rows = 1 if len(h) == 1 else MAX_ROWS
+    of_tile = options(len(h), tile)
     num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)
     best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)
     token = h.new_empty(len(h), dtype=torch.int64)
     if len(h):
         _head_argmax_kernel[(num_slices,)](
-            h, values, scale, best, best_id, tickets, token, len(h), len(values), h.shape[1], ROWS=rows,
-            SLICES_AT_ONCE=SLICES_AT_ONCE[rows], FETCHED=FETCHED_COLUMNS, **tile.options(), **overlap_options(h),
+            h, values, scale, best, best_id, tickets, token, len(h), len(values), h.shape[1],
+            SLICES_AT_ONCE=SLICES_AT_ONCE[of_tile["ROWS"]], FETCHED=FETCHED_COLUMNS, **of_tile, **overlap_options(h),
         )  # fmt: skip
     return token
