@@ -171,7 +171,9 @@ def main(capabilities: list[int]) -> None:
             usage, code = _say("cuobjdump", "-res-usage", cubin.name), _say("nvdisasm", cubin.name)
         rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
         before, waits, _ = code.partition(WAIT)
-        rows[-1] |= {"waits": bool(waits), "accesses_before": len(GLOBAL_ACCESS.findall(before))}
+        accesses = [line for line in before.splitlines() if GLOBAL_ACCESS.search(line)]
+        rows[-1] |= {"waits": bool(waits), "accesses_before": len(accesses)}
+        rows[-1] |= {"loads_from_l2_before": sum("LDG" in line and "STRONG.GPU" in line for line in accesses)}
         rows[-1] |= {
             "rows": options.get("ROWS"),
             "barriers_in_loop": max(map(_barriers, LOOP.findall(code)), default=0),

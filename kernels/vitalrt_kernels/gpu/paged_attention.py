@@ -1,7 +1,8 @@
 """Triton form of paged_attention: split along the context, combined by the last split of each key/value head.
 
-The split that ends with the new token writes its key and value, and no other reads them: within one launch that is all
-the order there has to be. Query heads are made ready again in every split: a kilobyte, from L2.
+Appending, every split computes the new key and value for itself and one of them stores them: nothing has to be read
+that another one writes, and no more than q, k and v as projected comes from the launch before. So the context is loaded
+before that has ended. Query heads are made ready anew in every split: a kilobyte, from L2.
 """
 
 import torch
@@ -22,6 +23,39 @@ PART_CELLS = 4096  # of other splits, held in registers at once while combining
 
 
 @triton.jit
+def _load_block(
+    k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim,
+    PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [BLOCK_L, BLOCK_D] from position `start` on, zeros from `stop` on.  pages: of this sequence.
+
+    From L2: L1 may hold what was there before an earlier launch wrote, until this one has waited for the one before it.
+    """
+    position = start + tl.arange(0, BLOCK_L)
+    i = tl.arange(0, BLOCK_D)
+    is_context = position < stop
+    page = tl.load(pages_ptr + position // PAGE_SIZE, mask=is_context, other=0, cache_modifier=".cg")
+    slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
+    cells = (slot * num_kv_heads + kv_head)[:, None] * head_dim + i[None, :]
+    inside = is_context[:, None] & (i < head_dim)[None, :]
+    keys = tl.load(k_ptr + cells, mask=inside, other=0.0, cache_modifier=".cg")
+    return keys, tl.load(v_ptr + cells, mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _attend(q, keys, values, is_context, scale, largest, total, out):
+    """Online softmax in base 2: largest, total and out with these keys and values taken in."""
+    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+    scores = tl.where(is_context[None, :], scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    total = total * shrink + tl.sum(weights, 1)
+    out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
+    return new_largest, total, out
+
+
+@triton.jit
 def _paged_attention_kernel(
     q_ptr, norm_ptr, positions_ptr, frequency_ptr, eps, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr, part_ptr,
     part_max_ptr, part_sum_ptr, tickets_ptr, num_kv_heads, group, head_dim, num_pages, scale,
@@ -31,90 +65,101 @@ def _paged_attention_kernel(
     """q: as it is scored, or, where there is a norm, q, k and v as they were projected.
 
     group: query heads per key/value head; GROUP and MEMBERS are the powers of two that it is padded to for tensor cores
-    and for combining.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32."""
-    wait_for_previous(OVERLAPS)
+    and for combining.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32.
+    A context of fewer blocks than SPLITS is split into as many as it has; an empty one has a split all the same.
+    """
+    APPENDS: tl.constexpr = norm_ptr is not None
+    if not APPENDS:
+        wait_for_previous(OVERLAPS)  # keys and values may be of the launch before
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
-    member = tl.arange(0, GROUP)
-    i = tl.arange(0, BLOCK_D)
-    in_head = i < head_dim
-    in_group = (member < group)[:, None] & in_head[None, :]
-    length = tl.load(lengths_ptr + row)
+    length = tl.load(lengths_ptr + row, cache_modifier=".cg")
     num_blocks = tl.cdiv(length, BLOCK_L)
-    first = tl.cdiv(num_blocks * split, SPLITS) * BLOCK_L
-    stop = tl.minimum(tl.cdiv(num_blocks * (split + 1), SPLITS) * BLOCK_L, length)
-    heads = kv_head * group + member
-    if norm_ptr is not None:
-        place = tl.load(positions_ptr + row)
-        row_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
-        q = load_turned(row_ptr, norm_ptr, heads, member < group, place, frequency_ptr, eps, head_dim, BLOCK_D)
-        if (first < stop) & (stop == length):
+    num_splits = tl.maximum(1, tl.minimum(num_blocks, SPLITS))
+    first = num_blocks * split // num_splits * BLOCK_L
+    stop = tl.minimum(num_blocks * (split + 1) // num_splits * BLOCK_L, length)
+    if split < num_splits:
+        pages_ptr += row * num_pages
+        held = stop
+        if APPENDS:
+            held = tl.minimum(stop, length - 1)
+        keys, values = _load_block(
+            k_ptr, v_ptr, pages_ptr, first, held, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D
+        )
+        i = tl.arange(0, BLOCK_D)
+        in_head = i < head_dim
+        member = tl.arange(0, GROUP)
+        heads = kv_head * group + member
+        in_group = (member < group)[:, None] & in_head[None, :]
+        if APPENDS:
+            place = tl.load(positions_ptr + row, cache_modifier=".cg")
+            wait_for_previous(OVERLAPS)
+            qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
+            q = load_turned(qkv_ptr, norm_ptr, heads, member < group, place, frequency_ptr, eps, head_dim, BLOCK_D)
             one = tl.arange(0, 1)
             k_head = num_kv_heads * group + kv_head + one
-            k = load_turned(row_ptr, norm_ptr, k_head, one == 0, place, frequency_ptr, eps, head_dim, BLOCK_D)
+            new_key = load_turned(qkv_ptr, norm_ptr, k_head, one == 0, place, frequency_ptr, eps, head_dim, BLOCK_D)
             v_cells = (k_head + num_kv_heads)[:, None] * head_dim + i[None, :]
-            v = tl.load(row_ptr + v_cells, mask=in_head[None, :], other=0.0)
-            last_page = tl.load(pages_ptr + row * num_pages + (length - 1) // PAGE_SIZE).to(tl.int64)
-            new_slot = last_page * PAGE_SIZE + (length - 1) % PAGE_SIZE
-            new_cells = (new_slot * num_kv_heads + kv_head + one)[:, None] * head_dim + i[None, :]
-            tl.store(k_ptr + new_cells, k, mask=in_head[None, :])
-            tl.store(v_ptr + new_cells, v, mask=in_head[None, :])
-            tl.debug_barrier()  # other threads of this block read them below
-    else:
-        q_cells = (row * num_kv_heads * group + heads)[:, None] * head_dim + i[None, :]
-        q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
+            new_value = tl.load(qkv_ptr + v_cells, mask=in_head[None, :], other=0.0)
+            if (first < stop) & (stop == length):  # one split, and none where the row is idle
+                last = length - 1
+                page = tl.load(pages_ptr + last // PAGE_SIZE).to(tl.int64)
+                new_slot = page * PAGE_SIZE + last % PAGE_SIZE
+                new_cells = (new_slot * num_kv_heads + kv_head + one)[:, None] * head_dim + i[None, :]
+                tl.store(k_ptr + new_cells, new_key, mask=in_head[None, :])
+                tl.store(v_ptr + new_cells, new_value, mask=in_head[None, :])
+        else:
+            q_cells = (row * num_kv_heads * group + heads)[:, None] * head_dim + i[None, :]
+            q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
 
-    # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.
-    largest = tl.full([GROUP], -1e30, tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    out = tl.zeros([GROUP, BLOCK_D], tl.float32)
-    for start in range(first, stop, BLOCK_L):
-        position = start + tl.arange(0, BLOCK_L)
-        is_context = position < stop
-        page = tl.load(pages_ptr + row * num_pages + position // PAGE_SIZE, mask=is_context, other=0)
-        slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
-        cells = (slot * num_kv_heads + kv_head)[:, None] * head_dim + i[None, :]
-        inside = is_context[:, None] & in_head[None, :]
-        keys = tl.load(k_ptr + cells, mask=inside, other=0.0)
-        values = tl.load(v_ptr + cells, mask=inside, other=0.0)
-        scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
-        scores = tl.where(is_context[None, :], scores, float("-inf"))
-        new_largest = tl.maximum(largest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(weights, 1)
-        out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
-        largest = new_largest
+        # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.
+        largest = tl.full([GROUP], -1e30, tl.float32)
+        total = tl.zeros([GROUP], tl.float32)
+        out = tl.zeros([GROUP, BLOCK_D], tl.float32)
+        for start in range(first, stop, BLOCK_L):
+            if start > first:
+                keys, values = _load_block(
+                    k_ptr, v_ptr, pages_ptr, start, held, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D
+                )
+            position = start + tl.arange(0, BLOCK_L)
+            if APPENDS:
+                is_new = (position == length - 1)[:, None]
+                keys = tl.where(is_new, new_key, keys)
+                values = tl.where(is_new, new_value, values)
+            largest, total, out = _attend(q, keys, values, position < stop, scale, largest, total, out)
 
-    pair = row * num_kv_heads + kv_head
-    part = (pair * SPLITS + split) * group + member
-    tl.store(part_max_ptr + part, largest, mask=member < group)
-    tl.store(part_sum_ptr + part, total, mask=member < group)
-    tl.store(part_ptr + part[:, None] * head_dim + i[None, :], out, mask=in_group)
-    if is_last_block(tickets_ptr + pair, SPLITS):
-        head = tl.arange(0, MEMBERS)
-        is_head = (head < group)[None, :]
-        parts = (pair * SPLITS + tl.arange(0, SPLITS))[:, None] * group + head[None, :]
-        maxima = tl.load(part_max_ptr + parts, mask=is_head, other=-1e30, cache_modifier=".cg")
-        sums = tl.load(part_sum_ptr + parts, mask=is_head, other=0.0, cache_modifier=".cg")
-        top = tl.max(maxima, 0)
-        weight = tl.sum(sums * tl.exp2(maxima - top[None, :]), 0)
-        combined = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
-        # Unrolled, several splits at a time: one after the other would cost a trip to L2 each.
-        for first_of_some in tl.static_range(0, SPLITS, SPLITS_AT_ONCE):
-            some = (pair * SPLITS + first_of_some + tl.arange(0, SPLITS_AT_ONCE))[:, None] * group + head[None, :]
-            share = tl.exp2(
-                tl.load(part_max_ptr + some, mask=is_head, other=-1e30, cache_modifier=".cg") - top[None, :]
-            )
-            some_cells = some[:, :, None] * head_dim + i[None, None, :]
-            is_cell = is_head[:, :, None] & in_head[None, None, :]
-            some_out = tl.load(part_ptr + some_cells, mask=is_cell, other=0.0, cache_modifier=".cg")
-            combined += tl.sum(some_out * share[:, :, None], 0)
-        combined /= tl.where(weight > 0, weight, 1.0)[:, None]  # an empty context gives zeros
-        out_cells = (pair * group + head)[:, None] * head_dim + i[None, :]
-        is_out = (head < group)[:, None] & in_head[None, :]
-        tl.store(out_ptr + out_cells, combined.to(out_ptr.dtype.element_ty), mask=is_out)
+        pair = row * num_kv_heads + kv_head
+        part = (pair * SPLITS + split) * group + member
+        tl.store(part_max_ptr + part, largest, mask=member < group)
+        tl.store(part_sum_ptr + part, total, mask=member < group)
+        tl.store(part_ptr + part[:, None] * head_dim + i[None, :], out, mask=in_group)
+        if is_last_block(tickets_ptr + pair, num_splits):
+            head = tl.arange(0, MEMBERS)
+            is_head = (head < group)[None, :]
+            splits = tl.arange(0, SPLITS)[:, None]
+            parts = (pair * SPLITS + splits) * group + head[None, :]
+            is_part = is_head & (splits < num_splits)
+            maxima = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
+            sums = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
+            top = tl.max(maxima, 0)
+            weight = tl.sum(sums * tl.exp2(maxima - top[None, :]), 0)
+            combined = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
+            # Unrolled, several splits at a time: one after the other would cost a trip to L2 each.
+            for first_of_some in tl.static_range(0, SPLITS, SPLITS_AT_ONCE):
+                some = first_of_some + tl.arange(0, SPLITS_AT_ONCE)[:, None]
+                is_some = is_head & (some < num_splits)
+                some_parts = (pair * SPLITS + some) * group + head[None, :]
+                some_maxima = tl.load(part_max_ptr + some_parts, mask=is_some, other=-1e30, cache_modifier=".cg")
+                share = tl.exp2(some_maxima - top[None, :])
+                cells = some_parts[:, :, None] * head_dim + i[None, None, :]
+                is_cell = is_some[:, :, None] & in_head[None, None, :]
+                some_out = tl.load(part_ptr + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
+                combined += tl.sum(some_out * share[:, :, None], 0)
+            combined /= tl.where(weight > 0, weight, 1.0)[:, None]  # an empty context gives zeros
+            out_cells = (pair * group + head)[:, None] * head_dim + i[None, :]
+            is_out = (head < group)[:, None] & in_head[None, :]
+            tl.store(out_ptr + out_cells, combined.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
 def paged_attention(
