@@ -13,11 +13,12 @@ def main() -> None:
             ours = Ours(random_model(config, torch.device("cuda"), dtype), num_rows=2, row_tokens=128)
             prompt = prompt_of(config, 70)
             ours.begin(prompt, 2, 0)
+            ours.go_on(prompt, 5)
             ours.begin(prompt, 0, 1)
             for rows in (1, 2):
                 ours.step.step(rows, answers=True)
             torch.cuda.synchronize()
-    print("two prompts and two steps ran")
+    print("two prompts, a question more and two steps ran")
 
 
 if __name__ == "__main__":

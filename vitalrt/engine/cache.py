@@ -13,6 +13,7 @@ from vitalrt._core import BlockPool
 from vitalrt.config import DecoderConfig, EngineConfig
 from vitalrt.engine.prefix_cache import PrefixCache, PrefixKey
 from vitalrt.engine.sequence import Sequence
+from vitalrt.engine.transfers import rows_of
 from vitalrt.errors import CapacityError
 
 DEFAULT_BYTES = 2 << 30
@@ -129,4 +130,4 @@ class PagedCache:
 
     def _slots_of(self, pages: list[int]) -> torch.Tensor:
         """[len(pages) * page_size] int64: the slot of each token position."""
-        return self._slots.index_select(0, torch.tensor(pages, device=self._slots.device)).flatten()
+        return rows_of(self._slots, pages).flatten()

@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from vitalrt.engine.device_step import StepWeights, pinned, run_layer
+from vitalrt.engine.device_step import StepWeights, run_layer
 from vitalrt.engine.graphs import Graphs
+from vitalrt.engine.transfers import pinned
 from vitalrt.model.rope import Grid, GridTables, grid_tables
 from vitalrt.model.vision import VisionTower
 from vitalrt_kernels import new_tickets, norm_rope_append, paged_attention, rms_norm

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from vitalrt.engine.transfers import pinned
 from vitalrt.model.decoder import Decoder, DecoderLayer
 from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import (
@@ -95,11 +96,6 @@ class StepWeights:
             for layer in decoder.layers
             if isinstance(layer, DecoderLayer)
         ]
-
-
-def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU's as it can be copied to this device without waiting for what runs there."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
 def run_layer(

@@ -24,6 +24,7 @@ from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Rank, Sequence
 from vitalrt.engine.step import Chunk, RunningBatch, prefill
+from vitalrt.engine.transfers import rows_of
 from vitalrt.engine.waiting import WaitingLine
 from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -252,7 +253,7 @@ class Engine:
                 image.features = None
         self.cache.keep(sequences, [sequence.num_tokens for sequence in sequences])
         if done:
-            self._batch = self._batch.join([sequences[row] for row in done], hidden[done])
+            self._batch = self._batch.join([sequences[row] for row in done], rows_of(hidden, done))
 
     def _answer(self) -> None:
         """Choose the next token of every sequence that has done its thinking; the first one comes from z_K."""
@@ -261,7 +262,7 @@ class Engine:
             return
         speakers = [self._batch.sequences[row] for row in rows]
         everyone = len(rows) == len(self._batch.sequences)
-        logits = self.model.head(self._batch.hidden if everyone else self._batch.hidden[rows])
+        logits = self.model.head(self._batch.hidden if everyone else rows_of(self._batch.hidden, rows))
         tokens = choose_tokens(logits, [s.decoding for s in speakers], [s.generator for s in speakers])
         for sequence, token, row_logits in zip(speakers, tokens, logits, strict=True):
             if sequence.decoding.return_logits:

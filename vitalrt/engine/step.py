@@ -20,6 +20,7 @@ from vitalrt.engine.device_prefill import MAX_LEFT, DevicePrefill
 from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder
 from vitalrt.engine.sequence import Image, Sequence
+from vitalrt.engine.transfers import rows_of, sent
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import decode_attention, kv_append
 
@@ -105,7 +106,7 @@ def prefill(
         hidden = torch.stack([rows[-1] for rows in by_token.split(counts)])
     else:
         attend = PrefillAttention(cache, chunks)
-        last = torch.tensor(counts, device=device).cumsum(0) - 1
+        last = sent(torch.tensor(counts).cumsum(0) - 1, device)
         out = model.decoder(inputs.embeddings, inputs.positions, attend, inputs.image_rows, inputs.deepstack, rows=last)
         hidden = model.decoder.norm(out)
     for chunk in chunks:
@@ -116,7 +117,7 @@ def prefill(
 def _inputs(model: Qwen3VL, chunks: Many[Chunk], encoder: ImageEncoder, device: torch.device) -> Inputs:
     ids = torch.cat([chunk.sequence.token_range(chunk.start, chunk.stop) for chunk in chunks])
     positions = torch.cat([chunk.sequence.position_range(chunk.start, chunk.stop) for chunk in chunks], dim=1)
-    x = model.decoder.embed(ids.to(device))
+    x = model.decoder.embed(sent(ids, device))
     thought_rows: list[int] = []
     thoughts: list[torch.Tensor] = []
     image_rows: list[torch.Tensor] = []
@@ -137,12 +138,12 @@ def _inputs(model: Qwen3VL, chunks: Many[Chunk], encoder: ImageEncoder, device: 
             thoughts.append(chunk.sequence.thoughts[index - length])
         offset += chunk.stop
     if thoughts:
-        x = x.index_copy(0, torch.tensor(thought_rows, device=device), torch.stack(thoughts).to(x.dtype))
+        x = x.index_copy(0, sent(torch.tensor(thought_rows), device), torch.stack(thoughts).to(x.dtype))
     if not image_rows:
-        return Inputs(x, positions.to(device), None, [])
+        return Inputs(x, sent(positions, device), None, [])
     tokens, *deepstack = (torch.cat(level) for level in zip(*levels, strict=True))
-    rows = torch.cat(image_rows).to(device)
-    return Inputs(x.index_copy(0, rows, tokens.to(x.dtype)), positions.to(device), rows, deepstack)
+    rows = sent(torch.cat(image_rows), device)
+    return Inputs(x.index_copy(0, rows, tokens.to(x.dtype)), sent(positions, device), rows, deepstack)
 
 
 class PrefillAttention:
@@ -202,7 +203,7 @@ class RunningBatch:
         return RunningBatch(self.sequences + sequences, torch.cat((self.hidden, hidden)), self.device_graphs)
 
     def keep(self, rows: list[int]) -> RunningBatch:
-        return RunningBatch([self.sequences[row] for row in rows], self.hidden[rows], self.device_graphs)
+        return RunningBatch([self.sequences[row] for row in rows], rows_of(self.hidden, rows), self.device_graphs)
 
     def step_on_device(self, tokens: Many[int] | None = None, answers: bool = False) -> None:
         """As step, with device_graphs.  tokens: of each sequence the newest, of no meaning where it thinks; None where

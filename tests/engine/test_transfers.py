@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vitalrt.engine.transfers import pinned, rows_of, sent
+
+CPU = torch.device("cpu")
+
+
+def test_the_cpu_sends_itself_nothing() -> None:
+    tensor = torch.arange(3)
+    assert pinned(tensor, CPU) is tensor and sent(tensor, CPU) is tensor
+
+
+@pytest.mark.parametrize("rows", [[], [2], [3, 0, 0]])
+def test_rows(rows: list[int]) -> None:
+    tensor = torch.arange(12).view(4, 3)
+    assert torch.equal(rows_of(tensor, rows), tensor[rows])
+
+
+def test_a_device_is_sent_a_copy() -> None:
+    meta = torch.device("meta")
+    assert sent(torch.arange(3), meta).device == meta and rows_of(torch.empty(4, 2, device=meta), [1]).shape == (1, 2)
