@@ -199,12 +199,11 @@ def step_cost(
         operation("gate/up", "linear_decode", layers, width + ffn, linear=(2 * ffn, width), values=width),
         operation("down", "linear_decode", layers, ffn + 2 * width, linear=(width, ffn)),
         operation("final norm", "rms_norm", 1, 2 * width, values=width),
-        operation("keep z", "copy", 1, 2 * width),
     ]
     if answers:
         head = (config.vocab_size, width)
         step.insert(0, operation("embedding", "begin_step", 1, width, values=batch * width))
-        step += [operation("head, argmax", "head_argmax", 1, width, linear=head), operation("keep token", "copy", 1, 0)]
+        step.append(operation("head, argmax", "head_argmax", 1, width, linear=head))
     else:
         step.insert(0, operation("feed back z", "begin_step", 1, 2 * width))
     return StepCost(tuple(step), batch)

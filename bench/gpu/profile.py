@@ -93,4 +93,4 @@ def host_waits(ours: Ours, prompt: Any) -> dict[str, Any]:
 def _in_order(num_layers: int) -> list[str]:
     """Names of an answer step's launches, as vitalrt.model_cost calls them."""
     layer = ["QKV", "attention", "O", "gate/up", "down"]
-    return ["embedding", *layer * num_layers, "final norm", "keep z", "head, argmax", "keep token"]
+    return ["embedding", *layer * num_layers, "final norm", "head, argmax"]

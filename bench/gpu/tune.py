@@ -123,11 +123,16 @@ def matrices(model: Qwen3VL, num_rows: int, as_int8: bool) -> Iterator[Matrix]:
         )
     own_head = model.decoder.head.weight.detach()
     head = quantise_int8(own_head) if as_int8 else own_head
-    tickets = new_tickets(1, x.device)
+    tickets, tokens = new_tickets(1, x.device), torch.zeros(num_rows, dtype=torch.int64, device=x.device)
+
+    def choose(i: int, tile: Tile | None) -> torch.Tensor:
+        head_argmax.head_argmax(x, head, tickets, tokens, tile)
+        return tokens
+
     yield Matrix(
         "head",
         [head] * 3,  # larger than L2: each reads it from memory
-        lambda i, tile: head_argmax.head_argmax(x, head, tickets, tile),
+        choose,
         lambda i: linear_cublas(x, head).argmax(-1),
         # Of the tokens their logits: two of the same size may be chosen either way.
         lambda tokens: (x.double() * own_head[tokens].double()).sum(1),

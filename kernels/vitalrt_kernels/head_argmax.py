@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from vitalrt_kernels.backend import runs_triton
+from vitalrt_kernels.backend import expect, runs_triton
 from vitalrt_kernels.linear_decode import (
     MAX_ROWS,
     Int8Weight,
@@ -30,21 +30,27 @@ def head_argmax_reference(h: torch.Tensor, head: torch.Tensor | Int8Weight) -> t
     return linear_decode_reference(h, head).argmax(-1)
 
 
-def head_argmax(h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor) -> torch.Tensor:
+def head_argmax(
+    h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """h: [M, d], after the final norm.  head: [N, d] of its dtype, or int8.  All contiguous.
 
-    tickets: [at least 1], from tickets.new_tickets.  Returns [M] int64: the lowest id of the largest logit; a NaN
-    counts as largest. Above 16 rows (int8: 64), and where `tuned` says so, the logits are written after all.
+    tickets: [at least 1], from tickets.new_tickets.  Returns [M] int64, out where it is given: the lowest id of the
+    largest logit; a NaN counts as largest. Above 16 rows (int8: 64), and where `tuned` says so, the logits are written
+    after all.
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """
     check_rows(h)
     check_weight(h, head)
     check_tickets(tickets, 1, h.device)
+    tokens = h.new_empty(len(h), dtype=torch.int64) if out is None else out
+    expect("out", tokens, (len(h),), torch.int64, h.device)
     if not runs_triton(h, *tensors_of(head)):
-        return head_argmax_reference(h, head)
+        return tokens.copy_(head_argmax_reference(h, head))
     if is_for_cublas(h, head):
-        return linear_cublas(h, head).argmax(-1)
+        return torch.argmax(linear_cublas(h, head), -1, out=tokens)
     from vitalrt_kernels.gpu import head_argmax as gpu
 
-    pieces = [gpu.head_argmax(h[i : i + MAX_ROWS], head, tickets) for i in range(0, max(1, len(h)), MAX_ROWS)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    for i in range(0, len(h), MAX_ROWS):
+        gpu.head_argmax(h[i : i + MAX_ROWS], head, tickets, tokens[i : i + MAX_ROWS])
+    return tokens

@@ -20,9 +20,13 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """x, residual: [N, d].  weight: [d].  One dtype, all contiguous.
+    """x, residual: [N, d].  weight: [d].  out: [N, d], where the normed rows go.  One dtype, all contiguous.
 
     Returns the normed rows [N, d]; with a residual (normed rows of x + residual, x + residual).
     Raises ValueError on disagreeing shapes, dtypes or devices.
@@ -33,11 +37,14 @@ def rms_norm(
     expect("weight", weight, x.shape[1:], x.dtype, x.device)
     if residual is not None:
         expect("residual", residual, x.shape, x.dtype, x.device)
+    if out is not None:
+        expect("out", out, x.shape, x.dtype, x.device)
     if runs_triton(x, weight) and (residual is None or runs_triton(residual)):
         from vitalrt_kernels.gpu import rms_norm as gpu
 
-        return gpu.rms_norm(x, weight, eps, residual)
-    if residual is None:
-        return rms_norm_reference(x, weight, eps)
-    total = x + residual
-    return rms_norm_reference(total, weight, eps), total
+        return gpu.rms_norm(x, weight, eps, residual, out)
+    total = x if residual is None else x + residual
+    normed = rms_norm_reference(total, weight, eps)
+    if out is not None:
+        normed = out.copy_(normed)
+    return normed if residual is None else (normed, total)

@@ -31,13 +31,13 @@ def test_the_same_work_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(overlap, "can_overlap", lambda device: True)
     seen: list[bool] = []
-    step = DeviceStep.step
+    feed = DeviceStep._feed
 
-    def watched(self: DeviceStep, num_rows: int, answers: bool) -> None:
+    def watched(self: DeviceStep, *tensors: torch.Tensor) -> None:
         seen.append(overlap.can_overlap(self.k_cache.device))
-        step(self, num_rows, answers)
+        feed(self, *tensors)
 
-    monkeypatch.setattr(DeviceStep, "step", watched)
+    monkeypatch.setattr(DeviceStep, "_feed", watched)
     with torch.no_grad():
         model, prompt = random_model(small_config(), torch.device("cpu"), torch.float32), prompt_of(small_config(), 60)
         tokens = [contender(model, 1, 256).request(prompt, 2, 3) for contender in (Ours, InTurn)]

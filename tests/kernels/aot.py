@@ -80,8 +80,8 @@ def launch_begin_step(rows: int) -> None:
 def launch_rms_norm() -> None:
     from vitalrt_kernels.gpu import rms_norm as gpu
 
-    gpu.rms_norm(meta(16, d), meta(d), 1e-6, None)
-    gpu.rms_norm(meta(16, d), meta(d), 1e-6, meta(16, d))
+    gpu.rms_norm(meta(16, d), meta(d), 1e-6, None, meta(16, d))
+    gpu.rms_norm(meta(16, d), meta(d), 1e-6, meta(16, d), None)
 
 
 def launch_latent_projector() -> None:
@@ -119,7 +119,7 @@ def launch_head_argmax(rows: int) -> None:
     from vitalrt_kernels.gpu import head_argmax as gpu
 
     for weight in weights(VOCAB, d):
-        gpu.head_argmax(meta(rows, d), weight, meta(1, dtype=torch.int32))
+        gpu.head_argmax(meta(rows, d), weight, meta(1, dtype=torch.int32), meta(rows, dtype=torch.int64))
 
 
 def launch_norm_rope_append(rows: int) -> None:

@@ -19,9 +19,11 @@ def test_kernel(dtype: torch.dtype, shape: tuple[int, int], with_residual: bool,
     x, residual = (3 * torch.randn(2, *shape, dtype=torch.float64)).to(device, dtype)
     weight = (1 + torch.randn(shape[1]) / 4).to(device, dtype)
     if not with_residual:
-        assert_close("rms_norm", gpu.rms_norm(x, weight, 1e-6, None), rms_norm_reference(x.double(), weight, 1e-6))
+        out = torch.empty_like(x)
+        assert gpu.rms_norm(x, weight, 1e-6, None, out) is out
+        assert_close("rms_norm", out, rms_norm_reference(x.double(), weight, 1e-6))
         return
-    normed, total = gpu.rms_norm(x, weight, 1e-6, residual)
+    normed, total = gpu.rms_norm(x, weight, 1e-6, residual, None)
     assert_close("rms_norm", total, x.double() + residual.double())
     assert_close("rms_norm", normed, rms_norm_reference(total.double(), weight, 1e-6))
 
@@ -33,6 +35,8 @@ def test_reference_is_the_decoders() -> None:
     assert torch.equal(rms_norm(x, norm.weight, 1e-5), norm(x))
     normed, total = rms_norm(x, norm.weight, 1e-5, residual)
     assert torch.equal(normed, norm(x + residual)) and torch.equal(total, x + residual)
+    out = torch.empty_like(x)
+    assert rms_norm(x, norm.weight, 1e-5, out=out) is out and torch.equal(out, norm(x))
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,7 @@ def test_reference_is_the_decoders() -> None:
         ({"weight": torch.ones(3)}, "weight: expected"),
         ({"weight": torch.ones(4, dtype=torch.float16)}, "weight: expected contiguous torch.float32"),
         ({"residual": torch.ones(4)}, "residual: expected"),
+        ({"out": torch.ones(2, 5)}, "out: expected"),
     ],
 )
 def test_bad_arguments(changes: dict[str, torch.Tensor], says: str) -> None:

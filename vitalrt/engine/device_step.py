@@ -210,32 +210,41 @@ class DeviceStep:
 
     def answer(self, start: int, stop: int) -> None:
         """Tokens of rows start .. stop - 1, from their hidden states."""
-        chosen = head_argmax(self.rows.hidden[start:stop], self.weights.head, self._tickets)
-        self.rows.tokens[start:stop].copy_(chosen)
+        self._choose(self.rows.hidden[start:stop], self.rows.tokens[start:stop])
 
     def step(self, num_rows: int, answers: bool) -> None:
         """One latent step or answer token for each of the first num_rows rows. Of idle ones only hidden changes.
 
         answers: whether any of them answers after this step. If not, neither head nor sampling is run.
         """
-        weights, rows = self.weights, Rows(*[tensor[:num_rows] for tensor in self.rows])
-        x, positions, reach = begin_step(rows, weights.embed, self.stop_ids)
-
-        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
-            append = Append(weights.layers[layer].qk_norm, weights.eps, positions, weights.rope.frequencies)
-            caches, pages = (self.k_cache[layer], self.v_cache[layer]), self.pages[:num_rows]
-            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append)
-
-        for layer in range(len(weights.layers)):
-            x = run_layer(weights, layer, x, attend)
-        hidden = rms_norm(x, weights.norm, weights.eps)
-        assert isinstance(hidden, torch.Tensor)
-        rows.hidden.copy_(hidden)
+        hidden = self.rows.hidden[:num_rows]
+        self._feed(hidden, hidden)
         if answers:
             self.answer(0, num_rows)
 
     def think(self, k: int) -> None:
         """k latent steps of row 0 alone, z_1 .. z_k into latents, and then its first token."""
+        z = self.rows.hidden[:1]
         for i in range(k):
-            self.step(1, answers=i == k - 1)
-            self.latents[i].copy_(self.rows.hidden[0])
+            self._feed(z, self.latents[i : i + 1])
+            z = self.latents[i : i + 1]
+        self._choose(z, self.rows.tokens[:1])
+        self.rows.hidden[:1].copy_(z)
+
+    def _feed(self, z: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Through all layers: z [B, d], or the tokens of rows that answer. What they give goes to hidden [B, d]."""
+        weights = self.weights
+        rows = Rows(*[tensor[: len(z)] for tensor in self.rows])._replace(hidden=z)
+        x, positions, reach = begin_step(rows, weights.embed, self.stop_ids)
+
+        def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
+            append = Append(weights.layers[layer].qk_norm, weights.eps, positions, weights.rope.frequencies)
+            caches, pages = (self.k_cache[layer], self.v_cache[layer]), self.pages[: len(z)]
+            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append)
+
+        for layer in range(len(weights.layers)):
+            x = run_layer(weights, layer, x, attend)
+        rms_norm(x, weights.norm, weights.eps, out=hidden)
+
+    def _choose(self, hidden: torch.Tensor, tokens: torch.Tensor) -> None:
+        head_argmax(hidden, self.weights.head, self._tickets, out=tokens)

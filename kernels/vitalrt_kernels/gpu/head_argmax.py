@@ -60,19 +60,21 @@ def default_tile(num_rows: int) -> Tile:
 
 
 def head_argmax(
-    h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor, tile: Tile | None = None
-) -> torch.Tensor:
-    """tile: None for the tuned one, or else the default."""
+    h: torch.Tensor,
+    head: torch.Tensor | Int8Weight,
+    tickets: torch.Tensor,
+    tokens: torch.Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """Into tokens, [M].  tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
     tile = tile or tuned_tile(len(h), values) or default_tile(len(h))
     of_tile = options(len(h), tile)
     num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)
     best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)
-    token = h.new_empty(len(h), dtype=torch.int64)
     if len(h):
         _head_argmax_kernel[(num_slices,)](
-            h, values, scale, best, best_id, tickets, token, len(h), len(values), h.shape[1],
+            h, values, scale, best, best_id, tickets, tokens, len(h), len(values), h.shape[1],
             SLICES_AT_ONCE=SLICES_AT_ONCE[of_tile["ROWS"]], FETCHED=FETCHED_COLUMNS, **of_tile, **overlap_options(h),
         )  # fmt: skip
-    return token

@@ -31,9 +31,9 @@ def _rms_norm_kernel(
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    normed = torch.empty_like(x)
+    normed = torch.empty_like(x) if out is None else out
     total = None if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
     if len(x):
