@@ -54,7 +54,7 @@ class TestEightBillion:
         assert step["gate/up"].weight_bytes == (24576 * 4096 + 4096) * 2
         assert step["down"].weight_bytes == 4096 * 12288 * 2
         assert step["attention"].weight_bytes == 40 * 128 * 2
-        assert step["attention"].kv_bytes == (1000 + 1) * 2 * 8 * 128 * 2
+        assert step["attention"].kv_bytes == 1000 * 2 * 8 * 128 * 2
         assert step["attention"].flops == 1000 * 2 * (2 * 4096)
         assert step["head, argmax"].weight_bytes == 151936 * 4096 * 2
         assert step["embedding"].weight_bytes == 4096 * 2
@@ -64,7 +64,7 @@ class TestEightBillion:
         kv = [step_cost(EIGHT_B, answers=False, context=context).total("kv_bytes") for context in (0, 1, 1000)]
         assert kv[1] - kv[0] == 147_456
         assert kv[2] - kv[0] == 147_456_000
-        assert kv[0] == 2 * 147_456  # its own token: written, and read back
+        assert kv[0] == 147_456  # its own token, written
 
     def test_int8_halves_linear_weights_and_adds_scales(self) -> None:
         bf16, int8 = (step_cost(EIGHT_B, answers=False, dtype=dtype) for dtype in ("bf16", "int8"))

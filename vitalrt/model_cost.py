@@ -192,9 +192,7 @@ def step_cost(
     qkv, reach = q + 2 * kv, context + 1
     step = [
         operation("QKV", "linear_decode", layers, width + qkv, linear=(qkv, width), values=width),
-        operation(
-            "attention", "paged_attention", layers, qkv + q, values=q + kv, kv_tokens=1 + reach, flops=4 * q * reach
-        ),
+        operation("attention", "paged_attention", layers, qkv + q, values=q + kv, kv_tokens=reach, flops=4 * q * reach),
         operation("O", "linear_decode", layers, q + 2 * width, linear=(width, q)),
         operation("gate/up", "linear_decode", layers, width + ffn, linear=(2 * ffn, width), values=width),
         operation("down", "linear_decode", layers, ffn + 2 * width, linear=(width, ffn)),

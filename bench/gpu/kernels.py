@@ -248,11 +248,11 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
     state = Rows(x.clone(), torch.zeros(num_rows, dtype=torch.int64, device=device), *counters)
     embed, no_stops = model.decoder.embed.weight.detach(), torch.zeros(0, dtype=torch.int64, device=device)
     kv_bytes = num_rows * CONTEXT * 2 * kv_heads * head_dim * size
-    append = Append(qk_norm, eps, positions, rope.frequencies)
+    append, by_axis = Append(qk_norm, eps, positions, rope.frequencies), positions.expand(3, -1).contiguous()
     append64 = append._replace(norm_weight=qk_norm.double())
 
     def in_two_launches(i: int) -> torch.Tensor:
-        ready = norm_rope_append(qkv, qk_norm, eps, positions, rope, *caches[i], new_slots)
+        ready = norm_rope_append(qkv, qk_norm, eps, by_axis, rope, *caches[i], new_slots)
         return paged_attention(ready, *caches[i], pages, lengths, PAGE, tickets)
 
     return [
@@ -277,9 +277,9 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
         ),
         Case(
             "norm_rope_append",
-            lambda i: norm_rope_append(qkv, qk_norm, eps, positions, rope, *caches[i], slots),
+            lambda i: norm_rope_append(qkv, qk_norm, eps, by_axis, rope, *caches[i], slots),
             lambda: norm_rope_append_reference(
-                qkv.double(), qk_norm.double(), eps, positions, rope, *caches[0].double(), slots
+                qkv.double(), qk_norm.double(), eps, by_axis, rope, *caches[0].double(), slots
             ),
             None,
             2 * qkv.numel() * size,

@@ -74,6 +74,10 @@ class Ours:
         for _ in range(count):
             self.graphs.step(1, answers=True)
 
+    def two_rows(self) -> None:
+        """One step of both, after which any of them may have answered."""
+        self.graphs.step(2, answers=True)
+
     def request(self, prompt: BenchPrompt, k: int, num_tokens: int) -> list[int]:
         """From patches on the host to tokens on the host."""
         self.begin(prompt, k)
@@ -89,6 +93,10 @@ class InTurn(Ours):
         with launched_in_turn():
             super().begin(prompt, k, row)
 
+    def go_on(self, prompt: BenchPrompt, count: int) -> torch.Tensor:
+        with launched_in_turn():
+            return super().go_on(prompt, count)
+
     def latent_steps(self, count: int) -> None:
         with launched_in_turn():
             super().latent_steps(count)
@@ -96,6 +104,10 @@ class InTurn(Ours):
     def answer_tokens(self, count: int) -> None:
         with launched_in_turn():
             super().answer_tokens(count)
+
+    def two_rows(self) -> None:
+        with launched_in_turn():
+            super().two_rows()
 
     def request(self, prompt: BenchPrompt, k: int, num_tokens: int) -> list[int]:
         with launched_in_turn():

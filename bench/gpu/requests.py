@@ -34,11 +34,11 @@ class Contenders:
     def __init__(self, model: Qwen3VL, quick: bool) -> None:
         self.model = model
         self.skipped: dict[str, str] = {}
-        self.ours = Ours(model, num_rows=1, row_tokens=2048)
+        self.ours = Ours(model, num_rows=2, row_tokens=2048)
         self.all: list[Any] = [self.ours]
         self.in_turn: InTurn | None = None
         if can_overlap(self.ours.device):
-            self.in_turn = InTurn(model, num_rows=1, row_tokens=2048)
+            self.in_turn = InTurn(model, num_rows=2, row_tokens=2048)
             self.all.append(self.in_turn)
         else:
             self.skipped[InTurn.name] = "launches overlap on cards of compute capability 9.0 on"
@@ -54,19 +54,26 @@ class Contenders:
             self.skipped[Compiled.name] = str(reason)
 
     def overlap_agrees(self, prompt: BenchPrompt) -> bool | None:
-        """Whether launches that overlap give the very latents and tokens that launches in turn give, every time.
+        """Whether launches that overlap give the very numbers that launches in turn give, every time.
 
         Both run the same kernels in the same order of sums: any difference is one that did not wait for another. None
         where there is nothing to compare.
         """
-        if self.in_turn is None:
+        if self.in_turn not in self.all:
             return None
-        outcomes = []
-        for ours in [self.in_turn, *[self.ours] * 5]:
-            tokens = ours.request(prompt, LATENTS[-1], ANSWER)
-            outcomes.append((tokens, ours.step.latents[: LATENTS[-1]].clone()))
-        first_tokens, first_latents = outcomes[0]
-        return all(tokens == first_tokens and torch.equal(latents, first_latents) for tokens, latents in outcomes)
+        first, *others = [self._everything(ours, prompt) for ours in [self.in_turn, *[self.ours] * 5]]
+        return all(torch.equal(mine, exact) for other in others for mine, exact in zip(other, first, strict=True))
+
+    @staticmethod
+    def _everything(ours: Ours, prompt: BenchPrompt) -> list[torch.Tensor]:
+        """A request's tokens and latents, what is left of a later question, and both rows after a step of two."""
+        tokens = torch.tensor(ours.request(prompt, LATENTS[-1], ANSWER))
+        found = [tokens, ours.step.latents[: LATENTS[-1]].clone()]
+        ours.begin(prompt, 0, row=1)
+        ours.begin(prompt, 1)
+        found.append(ours.go_on(prompt, QUESTION).clone())
+        ours.two_rows()
+        return [*found, ours.step.rows.hidden[:2].clone(), ours.step.rows.tokens[:2].clone()]
 
     def warm_up(self, record: Record, prompt: BenchPrompt) -> None:
         """Compile, capture, choose kernels. Who fails or takes over half the section's time is left out, and told."""

@@ -39,7 +39,7 @@ def norm_rope_append_reference(
     num_qk_heads = qkv.shape[1] - num_kv_heads
     qk, v = qkv.split((num_qk_heads, num_kv_heads), dim=1)
     low, high = wide(rms_norm_reference(qk, norm_weight, eps)).chunk(2, dim=-1)
-    of_frequency = positions[rope.axis] if positions.ndim == 2 else positions.expand(len(rope.axis), -1)
+    of_frequency = positions[rope.axis]
     angles = (of_frequency.T.float() * rope.frequencies).to(low.dtype)[:, None]  # positions and angles are fp32 always
     cos, sin = angles.cos(), angles.sin()
     qk = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)
@@ -62,8 +62,8 @@ def norm_rope_append(
     """qkv: [T, H + 2 G, D], heads in the order q, k, v.  norm_weight: [H + G, D].
 
     k_cache, v_cache: [S, G, D], modified.
-    positions: [3, T] int64, or [T] where the three axes agree.  slots: [T] int64, unique; -1 leaves the cache alone (an
-    idle row of a captured batch).  One dtype, all contiguous.  Returns q, normed and rotated: [T, H, D].
+    positions: [3, T] int64.  slots: [T] int64, unique; -1 leaves the cache alone (what fills up a bucket of lengths).
+    One dtype, all contiguous.  Returns q, normed and rotated: [T, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place"); Qwen3-VL for norm and rotation.
     """
@@ -75,7 +75,7 @@ def norm_rope_append(
     expect("norm_weight", norm_weight, (num_heads - num_kv_heads, head_dim), dtype, device)
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         expect(name, cache, (num_slots, num_kv_heads, head_dim), dtype, device)
-    expect("positions", positions, (3, num_tokens) if positions.ndim == 2 else (num_tokens,), torch.int64, device)
+    expect("positions", positions, (3, num_tokens), torch.int64, device)
     expect("rope.frequencies", rope.frequencies, (head_dim // 2,), torch.float32, device)
     expect("rope.axis", rope.axis, (head_dim // 2,), torch.int64, device)
     expect("slots", slots, (num_tokens,), torch.int64, device)

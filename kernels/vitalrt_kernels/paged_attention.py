@@ -46,7 +46,7 @@ def paged_attention_reference(
         slots = torch.where(lengths > 0, page * page_size + newest % page_size, -1)
         rope = Rope(append.frequencies, torch.zeros_like(append.frequencies, dtype=torch.int64))
         q = norm_rope_append_reference(
-            q, append.norm_weight, append.eps, append.positions, rope, k_cache, v_cache, slots
+            q, append.norm_weight, append.eps, append.positions.expand(3, -1), rope, k_cache, v_cache, slots
         )
     attended = []
     for row, length in enumerate(lengths.tolist()):
@@ -69,7 +69,10 @@ def paged_attention(
     tickets: torch.Tensor,
     append: Append | None = None,
 ) -> torch.Tensor:
-    """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only.  One dtype, all contiguous.  Returns [B, H, D].
+    """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only without append.  One dtype, all contiguous.
+
+    Returns [B, H, D].
+
 
     pages: [B, P] int32, page p of a sequence holds its positions from p * page_size on; those past its length are not
     read.  lengths: [B] int32, the new token's own position included; an idle row of length 0 gives zeros.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,38 @@ def test_what_is_left_of_later_questions_is_one_pass(tiny, load_on_device, monke
     assert [answer.usage.cached_tokens for answer in answers] == [held] * 3
     for got, alone in zip(answers, tiny.model.run(questions, **asked), strict=True):
         assert_alike(got, alone)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_tokens": 5},
+        {"prefill_tokens": 23, "cache_tokens": 160, "max_batch": 5},
+        {"prefill_tokens": 60, "max_batch": 40},
+    ],
+)
+@pytest.mark.parametrize("seed", range(2))
+def test_pieces_of_any_prompts(tiny, load_on_device, monkeypatch, options, seed: int) -> None:
+    """Of new prompts and of those that are cached in part, with images inside them, alone and together."""
+    draw, kinds = random.Random(seed), set[tuple[bool, bool]]()
+    go_on = DevicePrefill.go_on
+
+    def watched(self, x, positions, slots, pages, reach, image_rows, deepstack):
+        kinds.add((image_rows is not None, len({*map(tuple, pages.tolist())}) > 1))
+        return go_on(self, x, positions, slots, pages, reach, image_rows, deepstack)
+
+    monkeypatch.setattr(DevicePrefill, "go_on", watched)
+    questions = []
+    for _ in range(12):
+        base = tiny.prompt(draw.randrange(3), GRIDS[draw.randrange(3)], num_text=draw.randint(1, 17))
+        ids = torch.cat((base.input_ids, torch.tensor([draw.randrange(1, 9) for _ in range(draw.randint(1, 11))])))
+        questions.append(vitalrt.Prompt(ids, base.pixel_values, base.image_grid_thw))
+    asked = {"k": [draw.randrange(5) for _ in questions], "max_new_tokens": 8, "return_logits": bool(seed)}
+    model = load_on_device(**{name: size for name, size in options.items() if name != "prefill_tokens"})
+    model.engine.config = replace(model.engine.config, **options)
+    for got, alone in zip(model.run(questions, **asked), tiny.model.run(questions, **asked), strict=True):
+        assert_alike(got, alone)
+    assert {has_images for has_images, _ in kinds} == {True, False} and any(has_many for _, has_many in kinds)
 
 
 def test_a_token_is_looked_at_when_the_next_step_is_under_way(tiny, load_on_device, monkeypatch) -> None:

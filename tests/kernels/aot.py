@@ -128,8 +128,8 @@ def launch_norm_rope_append(rows: int) -> None:
 
     rope = Rope(meta(D // 2, dtype=torch.float32), meta(D // 2, dtype=torch.int64))
     caches, slots = (meta(SLOTS, G, D), meta(SLOTS, G, D)), meta(rows, dtype=torch.int64)
-    for positions in (meta(rows, dtype=torch.int64), meta(3, rows, dtype=torch.int64)):
-        gpu.norm_rope_append(meta(rows, H + 2 * G, D), meta(H + G, D), 1e-6, positions, rope, *caches, slots)
+    positions = meta(3, rows, dtype=torch.int64)
+    gpu.norm_rope_append(meta(rows, H + 2 * G, D), meta(H + G, D), 1e-6, positions, rope, *caches, slots)
 
 
 def launch_paged_attention(rows: int) -> None:
@@ -154,7 +154,7 @@ def _barriers(loop: tuple[str, str]) -> int:
 
 def main(capabilities: list[int]) -> None:
     names = [module.name for module in pkgutil.iter_modules(vitalrt_kernels.gpu.__path__, "vitalrt_kernels.gpu.")]
-    targets: dict[str, int] = {}
+    targets: dict[str, Any] = {}
     for name in names:
         targets |= getattr(importlib.import_module(name), "BLOCKS_PER_SM", {})
     rows: list[dict[str, Any]] = []
@@ -162,8 +162,11 @@ def main(capabilities: list[int]) -> None:
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
+        named = dict(zip(self.arg_names, args, strict=False))
         name, metadata = self.__name__, compiled.metadata
-        rows.append({"kernel": name, "capability": capability, "blocks_per_sm": targets[name]})
+        target = targets[name]
+        target = target[options["ROWS"]] if isinstance(target, dict) else target
+        rows.append({"kernel": name, "capability": capability, "blocks_per_sm": target})
         rows[-1] |= {"warps": metadata.num_warps, "dynamic_shared": metadata.shared}
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
             cubin.write(compiled.asm["cubin"])
@@ -174,6 +177,10 @@ def main(capabilities: list[int]) -> None:
         accesses = [line for line in before.splitlines() if GLOBAL_ACCESS.search(line)]
         rows[-1] |= {"waits": bool(waits), "accesses_before": len(accesses)}
         rows[-1] |= {"loads_from_l2_before": sum("LDG" in line and "STRONG.GPU" in line for line in accesses)}
+        rows[-1] |= {
+            "fetches_before": before.count("CCTL.E.PF2"),
+            "appends": "norm_ptr" in named and named["norm_ptr"] is not None,
+        }
         rows[-1] |= {
             "rows": options.get("ROWS"),
             "barriers_in_loop": max(map(_barriers, LOOP.findall(code)), default=0),

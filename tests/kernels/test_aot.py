@@ -47,13 +47,20 @@ def test_kernels_of_a_step_wait_before_they_touch_anything(compiled: dict[str, A
     """Read off the machine code: an overlapping launch may run beside the one before it until it waits.
 
     Attention that appends loads what nobody has written since the launch before began: from L2, as L1 may be older.
+    What it attends to without appending, the launch before has just written.
     """
     steps = [row for row in compiled["rows"] if row["kernel"] not in TRAINED]
     assert [row for row in steps if row["waits"] != (row["capability"] >= 90)] == []
     early = [row for row in steps if row["waits"] and row["accesses_before"]]
-    assert {row["kernel"] for row in early} == {"_paged_attention_kernel"}
+    appending = [row for row in steps if row["kernel"] == "_paged_attention_kernel" and row["appends"] and row["waits"]]
+    assert early == appending != []
     assert [row for row in early if row["accesses_before"] != row["loads_from_l2_before"]] == []
     assert all(row["accesses_before"] for row in steps if not row["waits"]), "the pattern finds accesses"
+
+
+def test_weights_are_asked_for_before_the_wait(compiled: dict[str, Any]) -> None:
+    rows = [row for row in compiled["rows"] if row["kernel"] in ("_linear_decode_kernel", "_head_argmax_kernel")]
+    assert [row for row in rows if (row["fetches_before"] > 0) != (row["capability"] >= 90)] == []
 
 
 def test_warps_of_one_row_do_not_wait_for_each_other(compiled: dict[str, Any]) -> None:

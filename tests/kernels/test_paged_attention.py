@@ -92,7 +92,9 @@ def test_appending_is_norm_rope_append_and_then_attention() -> None:
     caches = k_cache.clone(), v_cache.clone()
     rope = Rope(append.frequencies, torch.zeros(4, dtype=torch.int64))
     slots = torch.tensor([int(pages[0, 2]) * PAGE, -1, int(pages[2, 0]) * PAGE + 3])
-    q = norm_rope_append(qkv, append.norm_weight, append.eps, append.positions, rope, *caches, slots)
+    q = norm_rope_append(
+        qkv, append.norm_weight, append.eps, append.positions.expand(3, -1).contiguous(), rope, *caches, slots
+    )
     apart = paged_attention(q, *caches, pages, lengths, page_size, new_tickets(6, "cpu"))
     assert torch.equal(paged_attention(*case, new_tickets(6, "cpu"), append), apart)
     assert torch.equal(k_cache.nan_to_num(7), caches[0].nan_to_num(7)) and bool(k_cache[slots[::2]].isfinite().all())

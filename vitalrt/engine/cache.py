@@ -13,8 +13,8 @@ from vitalrt._core import BlockPool
 from vitalrt.config import DecoderConfig, EngineConfig
 from vitalrt.engine.prefix_cache import PrefixCache, PrefixKey
 from vitalrt.engine.sequence import Sequence
-from vitalrt.engine.transfers import rows_of
 from vitalrt.errors import CapacityError
+from vitalrt.transfers import rows_of
 
 DEFAULT_BYTES = 2 << 30
 DEFAULT_MAX_TOKENS = 32768

@@ -18,9 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.device_step import StepWeights, run_layer
 from vitalrt.engine.graphs import Graphs
-from vitalrt.engine.transfers import pinned
 from vitalrt.model.rope import Grid, GridTables, grid_tables
 from vitalrt.model.vision import VisionTower
+from vitalrt.transfers import pinned
 from vitalrt_kernels import new_tickets, norm_rope_append, paged_attention, rms_norm
 
 MAX_CAPTURED = 2048  # longer prompts keep the device busy whoever launches

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from vitalrt.engine.transfers import pinned
 from vitalrt.model.decoder import Decoder, DecoderLayer
 from vitalrt.model.int8_linear import Int8Linear
+from vitalrt.transfers import pinned
 from vitalrt_kernels import (
     Append,
     Int8Weight,

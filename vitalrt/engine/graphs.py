@@ -6,12 +6,32 @@ Captured once, it is one call. Without CUDA the very same functions are called a
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from vitalrt.engine.device_step import DeviceStep
+
+
+class _Means(NamedTuple):
+    """pool: of memory.  stream: that captures.  dry_run_stream: that runs before.
+
+    All graphs of a device share them: they are replayed one after the other. cuBLAS keeps a workspace for each stream,
+    allocated where it is first called, and graphs hold its address: with a stream that only captures, it lies in the
+    graphs' own pool, and as long as any of them does.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
+    dry_run_stream: torch.cuda.Stream
+
+
+@functools.cache
+def _means_of(device: torch.device) -> _Means:
+    return _Means(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Stream(device))
 
 
 class Graphs:
@@ -20,17 +40,12 @@ class Graphs:
     A function works on tensors that stay where they are, and nothing it allocates may be used after it: all share one
     pool of memory. Its dry run compiles kernels and must leave no trace.
 
-    cuBLAS keeps a workspace for each stream, allocated where it is first called, and a graph holds its address. So
-    these graphs have a stream to be captured in that nobody else uses, and dry runs have another: the workspace then
-    lies in the graphs' own pool, and as long as they do.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.is_captured = device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
-        if self.is_captured:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._capture_stream, self._dry_run_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._means = _means_of(device) if self.is_captured else None
 
     def __call__(self, key: Hashable, function: Callable[[], None], dry_run: Callable[[], None]) -> None:
         """dry_run: calls function without consequences."""
@@ -48,15 +63,17 @@ class Graphs:
         del self._graphs[key]
 
     def _capture(self, function: Callable[[], None], dry_run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        assert self._means is not None
+        pool, stream, dry_run_stream = self._means
         caller = torch.cuda.current_stream()
-        self._dry_run_stream.wait_stream(caller)
-        with torch.cuda.stream(self._dry_run_stream):
+        dry_run_stream.wait_stream(caller)
+        with torch.cuda.stream(dry_run_stream):
             dry_run()
-        caller.wait_stream(self._dry_run_stream)
+        caller.wait_stream(dry_run_stream)
         graph = torch.cuda.CUDAGraph()
-        stream, mode = self._capture_stream, "thread_local"  # what other threads do meanwhile is no part of it
+        mode = "thread_local"  # what other threads do meanwhile (a server reads images) is no part of it
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode=mode):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
                 function()
         except BaseException:
             torch.cuda.set_stream(caller)  # which torch leaves behind where the end of a capture fails

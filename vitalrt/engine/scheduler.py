@@ -24,11 +24,11 @@ from vitalrt.engine.request import Decoding, Terms
 from vitalrt.engine.sampling import choose_tokens
 from vitalrt.engine.sequence import Rank, Sequence
 from vitalrt.engine.step import Chunk, RunningBatch, prefill
-from vitalrt.engine.transfers import rows_of
 from vitalrt.engine.waiting import WaitingLine
 from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model.rope import mrope_positions
+from vitalrt.transfers import rows_of
 
 
 @dataclass(frozen=True)
@@ -356,12 +356,12 @@ def _rank_of(sequence: Sequence) -> Rank:
     return sequence.rank
 
 
-@functools.lru_cache(maxsize=1024)
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """Streams, graphs and kernels are of the current device, which need not be the model's."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+@functools.lru_cache(maxsize=1024)
 def _namespace(cache_salt: str | None) -> bytes:
     """An engine has one model, so the salt alone tells namespaces apart."""
     return namespace_digest("", None, cache_salt)

@@ -20,8 +20,8 @@ from vitalrt.engine.device_prefill import MAX_LEFT, DevicePrefill
 from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder
 from vitalrt.engine.sequence import Image, Sequence
-from vitalrt.engine.transfers import rows_of, sent
 from vitalrt.model.qwen3_vl import Qwen3VL
+from vitalrt.transfers import rows_of, sent
 from vitalrt_kernels import decode_attention, kv_append
 
 
@@ -165,7 +165,7 @@ class PrefillAttention:
                 held = chunk.sequence.slots[: chunk.stop]
                 own_k, own_v = keys[held], values[held]
             own_q, own_k, own_v = (tensor.transpose(0, 1)[None] for tensor in (own_q, own_k, own_v))
-            causal = causal_lower_right(chunk.count, chunk.stop)
+            causal = causal_lower_right(chunk.count, chunk.stop)  # a mask only where no fused kernel knows it
             attended.append(scaled_dot_product_attention(own_q, own_k, own_v, causal, enable_gqa=True))
         return torch.cat(attended, dim=2)[0].transpose(0, 1)
 

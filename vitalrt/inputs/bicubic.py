@@ -16,6 +16,8 @@ import numpy as np
 import PIL
 import torch
 
+from vitalrt.transfers import sent
+
 FRACTION_BITS = 22  # of a weight; 8 of a pixel, a sign, and sums slightly above 255 fill up int32
 RADIUS = 2.0  # of the filter, in pixels of the source or the result, whichever has fewer
 PILLOW = tuple(int(number) for number in PIL.__version__.split(".")[:2])
@@ -68,7 +70,7 @@ def _taps(num_sources: int, size: int, device: torch.device) -> tuple[torch.Tens
     values /= values.cumsum(0)[-1]  # first to last, as Pillow adds them: numpy's sum() may go in pairs
     weights = np.trunc(values * (1 << FRACTION_BITS) + np.copysign(0.5, values)).astype(np.int32)
     sources = np.minimum(sources, num_sources - 1)
-    return torch.from_numpy(sources).to(device), torch.from_numpy(weights).to(device)
+    return sent(torch.from_numpy(sources), device), sent(torch.from_numpy(weights), device)
 
 
 def _bicubic(distance: np.ndarray) -> np.ndarray:

@@ -29,6 +29,7 @@ from vitalrt.inputs.bicubic import resize_bicubic
 from vitalrt.inputs.image import ReadOptions, read_image
 from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.rope import Grid
+from vitalrt.transfers import is_pinned_for, sent
 
 IMAGE_TOKEN = "<|image_pad|>"
 MAX_ASPECT_RATIO = 200
@@ -119,7 +120,7 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, Gri
 def patchify_on(device: torch.device, pixels: np.ndarray, options: PatchOptions) -> torch.Tensor:
     """The patches of patchify(), float32 [P, patch_dim], from a picture that is moved as it is and resized there."""
     height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
-    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=is_pinned_for(pixels.nbytes, device))
     staged.numpy()[...] = pixels
     resized = resize_bicubic(staged.to(device, non_blocking=True), height, width)
     blocks = resized.reshape(_block_shape(height, width, options)).permute(PATCH_AXES).contiguous()
@@ -136,7 +137,7 @@ def _block_shape(height: int, width: int, options: PatchOptions) -> tuple[int, .
 
 @lru_cache(maxsize=8)
 def _normalisation_on(device: torch.device, options: PatchOptions) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.from_numpy(part).to(device) for part in options.normalisation())
+    return tuple(sent(torch.from_numpy(part), device) for part in options.normalisation())
 
 
 class Processor:

@@ -16,6 +16,7 @@ import torch
 
 from vitalrt.errors import InputError
 from vitalrt.model.rope import Grid
+from vitalrt.transfers import sent
 
 CPU = torch.device("cpu")
 
@@ -49,7 +50,7 @@ class Picture:
             patches = patches(device)
             if device.type == "cpu":
                 self._patches = patches  # and what they were made from may go
-        return patches.to(device)
+        return sent(patches, device) if patches.device.type == "cpu" else patches.to(device)
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -5,5 +5,6 @@ whole, keeps triton out of start-up on the CPU, and lets tests decide how kernel
 before the first is defined. Launchers trust their arguments: the public function of the same name has checked them.
 
 BLOCKS_PER_SM in each file is the occupancy that a kernel is written for: how many of its thread blocks must fit on one
-multiprocessor at production shapes, by registers, shared memory and threads. The ahead-of-time test holds it.
+multiprocessor at production shapes, by registers, shared memory and threads; of some by ROWS. The ahead-of-time test
+holds it.
 """

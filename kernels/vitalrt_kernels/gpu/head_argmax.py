@@ -10,7 +10,7 @@ from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
-BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode: 16 kB for one row, 24 for several
+BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode: 32 kB for one row, 24 for several
 SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in registers
 
 

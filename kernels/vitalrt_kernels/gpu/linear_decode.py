@@ -6,12 +6,12 @@ import triton.language as tl
 
 from vitalrt_kernels.gpu.overlap import FETCHED_COLUMNS, fetch_rows, overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
-from vitalrt_kernels.linear_decode import Int8Weight, Norm
+from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
 # 4.3 TB/s times a latency of 0.8 us is 26 kB on their way to each multiprocessor of an H200. A block has 4 kB of them
 # for one row, and 12 or more for several.
-BLOCKS_PER_SM = {"_linear_decode_kernel": 3}
+BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 8, MAX_ROWS: 3}}
 
 
 @triton.jit

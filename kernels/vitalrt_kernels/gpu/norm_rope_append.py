@@ -16,7 +16,7 @@ HEADS_AT_ONCE = 4
 def _norm_rope_append_kernel(
     qkv_ptr, norm_ptr, positions_ptr, frequency_ptr, axis_ptr, slots_ptr, q_ptr, k_ptr, v_ptr, eps, num_tokens,
     num_heads, num_kv_heads, head_dim,
-    THREE_AXES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """num_heads: query heads."""
     wait_for_previous(OVERLAPS)
@@ -25,12 +25,9 @@ def _norm_rope_append_kernel(
     i = tl.arange(0, BLOCK_D)
     in_head = i < head_dim
     num_normed = num_heads + num_kv_heads
-    if THREE_AXES:
-        half = head_dim // 2
-        axis = tl.load(axis_ptr + tl.where(i < half, i, i - half), mask=in_head, other=0)
-        position = tl.load(positions_ptr + axis * num_tokens + token, mask=in_head, other=0)
-    else:
-        position = tl.load(positions_ptr + token)
+    half = head_dim // 2
+    axis = tl.load(axis_ptr + tl.where(i < half, i, i - half), mask=in_head, other=0)
+    position = tl.load(positions_ptr + axis * num_tokens + token, mask=in_head, other=0)
     row_ptr = qkv_ptr + token * (num_normed + num_kv_heads) * head_dim
     turned = load_turned(row_ptr, norm_ptr, heads, heads < num_normed, position, frequency_ptr, eps, head_dim, BLOCK_D)
     cells = heads[:, None] * head_dim + i[None, :]
@@ -63,7 +60,7 @@ def norm_rope_append(
     if num_tokens:
         _norm_rope_append_kernel[(num_tokens, triton.cdiv(num_all_heads, HEADS_AT_ONCE))](
             qkv, norm_weight, positions, rope.frequencies, rope.axis, slots, q, k_cache, v_cache, eps, num_tokens,
-            num_heads, num_kv_heads, head_dim, THREE_AXES=positions.ndim == 2, BLOCK_H=HEADS_AT_ONCE,
+            num_heads, num_kv_heads, head_dim, BLOCK_H=HEADS_AT_ONCE,
             BLOCK_D=triton.next_power_of_2(head_dim), num_warps=1, **overlap_options(qkv),
         )  # fmt: skip
     return q

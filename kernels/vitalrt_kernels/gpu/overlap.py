@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 OLDEST_CAPABILITY = (9, 0)
-FETCHED_COLUMNS = 1024  # of a block's rows: 32 kB of 16 bf16 ones, and 8 MB for two blocks a multiprocessor of an H200
+FETCHED_COLUMNS = 1024  # of each row of a weight that a block has: 2 kB in bf16
 LINE_BITS = tl.constexpr(1024)  # of L2
 
 

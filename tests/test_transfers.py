@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitalrt.engine.transfers import pinned, rows_of, sent
+from vitalrt.transfers import pinned, rows_of, sent
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
+MAX_PINNED_BYTES = 32 * 2**20  # torch keeps pinned memory for the next copy: what is larger is not worth that
+
+
+def is_pinned_for(num_bytes: int, device: torch.device) -> bool:
+    """Whether as much is worth page-locked memory on its way to this device."""
+    return device.type == "cuda" and num_bytes <= MAX_PINNED_BYTES
+
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU's as copy_(.., non_blocking=True) takes it; itself where the device is the CPU."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    """A tensor of the CPU's as copy_(.., non_blocking=True) takes it; itself where that gains nothing."""
+    return tensor.pin_memory() if is_pinned_for(tensor.nbytes, device) else tensor
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
