@@ -7,31 +7,39 @@ Captured once, it is one call. Without CUDA the very same functions are called a
 from __future__ import annotations
 
 import functools
+import threading
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from vitalrt.engine.device_step import DeviceStep
 
+MODE = "thread_local"  # what other threads do meanwhile (a server reads images) is no part of a capture
+
 
 class _Means(NamedTuple):
-    """pool: of memory.  stream: that captures.  dry_run_stream: that runs before.
+    """stream: that captures.  dry_run_stream: that runs before.  first: a graph, whose pool of memory is everybody's.
+    lock: one thread at a time.
 
-    All graphs of a device share them: they are replayed one after the other. cuBLAS keeps a workspace for each stream,
-    allocated where it is first called, and graphs hold its address: with a stream that only captures, it lies in the
-    graphs' own pool, and as long as any of them does.
+    All graphs of a device share these: they are replayed one after the other. cuBLAS keeps a workspace for each stream,
+    allocated where it is first called, and graphs hold its address: with a stream that only captures, it lies in their
+    pool, which the first graph keeps alive.
     """
 
-    pool: Any
     stream: torch.cuda.Stream
     dry_run_stream: torch.cuda.Stream
+    first: torch.cuda.CUDAGraph
+    lock: threading.Lock
 
 
 @functools.cache
 def _means_of(device: torch.device) -> _Means:
-    return _Means(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), torch.cuda.Stream(device))
+    stream, first = torch.cuda.Stream(device), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(first, stream=stream, capture_error_mode=MODE):
+        torch.zeros(1, device=device)
+    return _Means(stream, torch.cuda.Stream(device), first, threading.Lock())
 
 
 class Graphs:
@@ -39,7 +47,6 @@ class Graphs:
 
     A function works on tensors that stay where they are, and nothing it allocates may be used after it: all share one
     pool of memory. Its dry run compiles kernels and must leave no trace.
-
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,20 +71,20 @@ class Graphs:
 
     def _capture(self, function: Callable[[], None], dry_run: Callable[[], None]) -> torch.cuda.CUDAGraph:
         assert self._means is not None
-        pool, stream, dry_run_stream = self._means
+        stream, dry_run_stream, first, lock = self._means
         caller = torch.cuda.current_stream()
-        dry_run_stream.wait_stream(caller)
-        with torch.cuda.stream(dry_run_stream):
-            dry_run()
-        caller.wait_stream(dry_run_stream)
         graph = torch.cuda.CUDAGraph()
-        mode = "thread_local"  # what other threads do meanwhile (a server reads images) is no part of it
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
-                function()
-        except BaseException:
-            torch.cuda.set_stream(caller)  # which torch leaves behind where the end of a capture fails
-            raise
+        with lock:
+            dry_run_stream.wait_stream(caller)
+            with torch.cuda.stream(dry_run_stream):
+                dry_run()
+            caller.wait_stream(dry_run_stream)
+            try:
+                with torch.cuda.graph(graph, pool=first.pool(), stream=stream, capture_error_mode=MODE):
+                    function()
+            except BaseException:
+                torch.cuda.set_stream(caller)  # which torch leaves behind where the end of a capture fails
+                raise
         return graph
 
 
