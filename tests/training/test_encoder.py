@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
-from transformers import AutoImageProcessor, AutoTokenizer, SiglipModel
+from transformers import AutoTokenizer, SiglipModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vitalrt.errors import VitalError
 from vitalrt.model.vision_encoder import VisionEncoder

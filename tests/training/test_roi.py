@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -23,6 +22,7 @@ from transformers import (
     SiglipModel,
     SiglipVisionModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from vitalrt.errors import CheckpointError, VitalError
 from vitalrt.model.vision_encoder import VisionEncoder, open_encoder

@@ -155,7 +155,7 @@ class VisionEncoder:
 
 
 def _image_processor(path: Path) -> Any:
-    from transformers import AutoImageProcessor
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor  # 5.17 asks torchvision for its alias
 
     try:
         # PIL's arithmetic everywhere: features must not depend on whether torchvision is installed.
