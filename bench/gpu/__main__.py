@@ -148,8 +148,10 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         record.run([section for section in sections if section.name in ("card", "model", *wanted)])
     if options.tune:
-        text = tune.write_table(bench.card.name, record.results["tune"].get("entries", []))
-        console.print(f"{TABLE}:\n{text}", highlight=False)
+        outcome = record.results["tune"]
+        if outcome.get("rows"):
+            text = tune.write_table(bench.card.name, outcome["entries"])
+            console.print(f"{TABLE}:\n{text}", highlight=False)
         return
     console.print(report.table(record.results))
     versions = ", ".join(f"{name} {number}" for name, number in record.environment["versions"].items())

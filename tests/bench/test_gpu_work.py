@@ -42,3 +42,31 @@ def test_the_same_work_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
         model, prompt = random_model(small_config(), torch.device("cpu"), torch.float32), prompt_of(small_config(), 60)
         tokens = [contender(model, 1, 256).request(prompt, 2, 3) for contender in (Ours, InTurn)]
     assert tokens[0] == tokens[1] and seen == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("broken", ["", "request", "go_on", "two_rows"])
+def test_one_number_that_differs_in_turn_is_seen(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from bench.gpu import requests
+    from bench.gpu.ours import InTurn
+    from bench.gpu.shapes import prompt_of, random_model, small_config
+
+    with torch.no_grad():
+        model, prompt = random_model(small_config(), torch.device("cpu"), torch.float32), prompt_of(small_config(), 60)
+        assert requests.Contenders(model, quick=True).overlap_agrees(prompt) is None, "nothing overlaps here"
+        monkeypatch.setattr(requests, "can_overlap", lambda device: True)
+        contenders = requests.Contenders(model, quick=True)
+        original = getattr(InTurn, broken) if broken else None
+
+        def late(self: InTurn, *args: object) -> object:
+            result = original(self, *args)
+            for part in (self.step.latents, self.step.rows.hidden, result):
+                if isinstance(part, torch.Tensor):
+                    part[0] += 1e-6
+            return result
+
+        if broken:
+            monkeypatch.setattr(InTurn, broken, late)
+        assert contenders.overlap_agrees(prompt) is (not broken)
+        contenders.all.remove(contenders.in_turn)
+        assert contenders.overlap_agrees(prompt) is None, "it could not run"
