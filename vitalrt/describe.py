@@ -65,6 +65,7 @@ def _torch_engine(engine: Engine) -> dict[str, Any]:
         "weight bytes": sum(tensor.nbytes for tensor in held),
         "cpu decoder": _cpu_decoder(engine),
         "gpu step": _gpu_step(engine),
+        "pictures": "cut on the CPU, by Pillow" if engine.encoder.device.type == "cpu" else "cut on the device",
         "cache tokens": engine.cache.num_tokens,
         "cache bytes": engine.cache.num_bytes,
     }
@@ -104,10 +105,14 @@ def _gpu_step(engine: Engine) -> str:
     decoder = engine.model.decoder
     if engine.device_graphs is None:
         return f"in torch: {why_not_device_step(decoder)}"
-    known = choices(torch.cuda.get_device_name(decoder.embed.weight.device))
+    from vitalrt_kernels.gpu.overlap import can_overlap  # and with it triton, which is there where this is
+
+    device = decoder.embed.weight.device
+    known = choices(torch.cuda.get_device_name(device))
     num_cublas = sum(use == CUBLAS for use in known.values())
+    launches = "each launch set up beside the one before" if can_overlap(device) else "launches one after the other"
     tuned = f"tuned.json has {len(known)} shapes for this card, {num_cublas} of them for cuBLAS"
-    return f"in kernels, captured in CUDA graphs; cuBLAS above {MAX_ROWS} rows; {tuned}"
+    return f"in kernels, captured in CUDA graphs, {launches}; cuBLAS above {MAX_ROWS} rows; {tuned}"
 
 
 def _cuda() -> str:

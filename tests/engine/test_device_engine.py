@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vitalrt
+from vitalrt.describe import describe_model
 from vitalrt.engine import device_step, scheduler
 from vitalrt.engine.device_prefill import DevicePrefill
 from vitalrt.engine.device_step import DeviceStep, why_not_device_step
@@ -191,3 +192,16 @@ def test_why_not(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         wide = Decoder(replace(decoder.config, head_dim=512))
     assert "wider than 256" in why_not_device_step(wide)
+
+
+def test_what_info_tells(load_on_device, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from vitalrt_kernels.gpu import overlap
+
+    assert "in torch: cpu tensors" in describe_model(tiny.model)["gpu step"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card that nobody has tuned")
+    told = describe_model(load_on_device())
+    assert "launches one after the other" in told["gpu step"] and "0 shapes for this card" in told["gpu step"]
+    assert told["pictures"] == "cut on the CPU, by Pillow"
+    monkeypatch.setattr(overlap, "can_overlap", lambda device: True)
+    assert "set up beside the one before" in describe_model(load_on_device())["gpu step"]
