@@ -15,12 +15,13 @@ def is_pinned_for(num_bytes: int, device: torch.device) -> bool:
 
 
 def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU's as copy_(.., non_blocking=True) takes it; itself where that gains nothing."""
-    return tensor.pin_memory() if is_pinned_for(tensor.nbytes, device) else tensor
+    """As copy_(.., non_blocking=True) to this device takes it; the tensor itself where that gains nothing."""
+    is_of_the_host = tensor.device.type == "cpu"
+    return tensor.pin_memory() if is_of_the_host and is_pinned_for(tensor.nbytes, device) else tensor
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the CPU's, on the device."""
+    """The tensor on the device; itself where it lies there."""
     return pinned(tensor, device).to(device, non_blocking=True)
 
 

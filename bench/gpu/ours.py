@@ -13,6 +13,7 @@ from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
 from vitalrt.model.qwen3_vl import Qwen3VL
+from vitalrt.transfers import pinned
 from vitalrt_kernels.gpu import overlap
 
 PAGE = 16
@@ -43,9 +44,7 @@ class Ours:
     def begin(self, prompt: BenchPrompt, k: int = 0, row: int = 0) -> None:
         """Prefill and place; nothing waits for the device."""
         first = row * self.pages_per_row
-        pages = torch.arange(first, first + self.pages_per_row, dtype=torch.int32)
-        if self.device.type == "cuda":
-            pages = pages.pin_memory()
+        pages = pinned(torch.arange(first, first + self.pages_per_row, dtype=torch.int32), self.device)
         slots = torch.arange(first * PAGE, first * PAGE + prompt.num_tokens, device=self.device)
         # All of it first: a copy from pageable memory waits for what was started before it.
         ids, positions = prompt.ids.to(self.device), prompt.positions.to(self.device)
@@ -84,38 +83,20 @@ class Ours:
         return list(answer_alone(self.graphs, self.reader, k, num_tokens, ()))
 
 
-class InTurn(Ours):
-    """The same, each launch beginning when the one before it has ended: what overlapping them is worth."""
-
-    name = "vitalrt, in turn"
-
-    def begin(self, prompt: BenchPrompt, k: int = 0, row: int = 0) -> None:
-        with launched_in_turn():
-            super().begin(prompt, k, row)
-
-    def go_on(self, prompt: BenchPrompt, count: int) -> torch.Tensor:
-        with launched_in_turn():
-            return super().go_on(prompt, count)
-
-    def latent_steps(self, count: int) -> None:
-        with launched_in_turn():
-            super().latent_steps(count)
-
-    def answer_tokens(self, count: int) -> None:
-        with launched_in_turn():
-            super().answer_tokens(count)
-
-    def two_rows(self) -> None:
-        with launched_in_turn():
-            super().two_rows()
-
-    def request(self, prompt: BenchPrompt, k: int, num_tokens: int) -> list[int]:
-        with launched_in_turn():
-            return super().request(prompt, k, num_tokens)
-
-
 @contextmanager
 def launched_in_turn() -> Iterator[None]:
     """What is captured inside does not overlap."""
     with mock.patch.object(overlap, "can_overlap", lambda device: False):
         yield
+
+
+class InTurn(Ours):
+    """The same, each launch beginning when the one before it has ended: what overlapping them is worth."""
+
+    name = "vitalrt, in turn"
+    begin = launched_in_turn()(Ours.begin)
+    go_on = launched_in_turn()(Ours.go_on)
+    latent_steps = launched_in_turn()(Ours.latent_steps)
+    answer_tokens = launched_in_turn()(Ours.answer_tokens)
+    two_rows = launched_in_turn()(Ours.two_rows)
+    request = launched_in_turn()(Ours.request)

@@ -71,14 +71,12 @@ def paged_attention(
 ) -> torch.Tensor:
     """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only without append.  One dtype, all contiguous.
 
-    Returns [B, H, D].
-
-
     pages: [B, P] int32, page p of a sequence holds its positions from p * page_size on; those past its length are not
     read.  lengths: [B] int32, the new token's own position included; an idle row of length 0 gives zeros.
     tickets: [at least B * G], from tickets.new_tickets.
     append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
     caches modified: k and v of each row that is not idle go to the slot of its last position.
+    Returns [B, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").
     """

@@ -1,6 +1,6 @@
 """How a matrix is multiplied by a few rows on a card: a small table, as measured, in tuned.json.
 
-    {"NVIDIA H200": [{"rows": 1, "outputs": 6144, "inputs": 4096, "weight": "bfloat16", "use": [16, 512, 1, 8]}, ..]}
+    {"NVIDIA H200": [{"rows": 1, "outputs": 6144, "inputs": 4096, "weight": "bfloat16", "use": [4, 512, 1, 2]}, ..]}
 
 rows: 1, or 16 for 2 to 16.  outputs, inputs: of the weight as it is stored.  use: a Tile of linear_decode or
 head_argmax, or "cublas". What is not in it takes the tile that these name themselves. `python -m bench.gpu --tune`

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from vitalrt_kernels import tuned
 from vitalrt_kernels.tuned import CUBLAS, Shape, Tile
+
+linear_decode = importlib.import_module("vitalrt_kernels.linear_decode")  # whose function hides it
 
 
 @pytest.fixture
@@ -67,3 +70,35 @@ def test_an_entry_that_is_none_is_an_error(write_table, bad: dict, error: type[E
 def test_the_table_in_the_repository_is_well_formed() -> None:
     for card in json.loads(tuned.TABLE.read_text()):
         assert all(shape.rows in (1, 16) for shape in tuned.choices(card))
+
+
+class Launches:
+    """A kernel that remembers what it was launched with, and does nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[tuple[int, ...], dict]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda *args, **options: self.seen.append((grid, options))
+
+
+@pytest.mark.parametrize("name", ["linear_decode", "head_argmax"])
+def test_kernels_are_launched_with_the_tuned_tile(name: str, device: str, monkeypatch) -> None:
+    gpu = importlib.import_module(f"vitalrt_kernels.gpu.{name}")
+    tile, launches, default = Tile(2, 256, stages=1, warps=1), Launches(), Launches()
+    x, weight = torch.ones(1, 32, device=device), torch.ones(64, 32, device=device)
+    rest = (None, None, False) if name == "linear_decode" else (torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+    monkeypatch.setattr(gpu, f"_{name}_kernel", default)
+    getattr(gpu, name)(x, weight, *rest)
+    monkeypatch.setattr(gpu, f"_{name}_kernel", launches)
+    monkeypatch.setattr(gpu, "tuned_tile", lambda num_rows, values: tile if (num_rows, values) == (1, weight) else None)
+    getattr(gpu, name)(x, weight, *rest)
+    [(grid, options)] = launches.seen
+    assert grid == (32,) and tile.options().items() <= options.items() and default.seen[0][0] != grid
+
+
+def test_cublas_serves_where_the_table_says_so(monkeypatch) -> None:
+    x, weight = torch.ones(1, 8), torch.ones(4, 8)
+    assert not linear_decode.is_for_cublas(x, weight)
+    monkeypatch.setattr(linear_decode, "prefers_cublas", lambda num_rows, values: (num_rows, values) == (1, weight))
+    assert linear_decode.is_for_cublas(x, weight)

@@ -120,6 +120,7 @@ def patchify(pixels: np.ndarray, options: PatchOptions) -> tuple[np.ndarray, Gri
 def patchify_on(device: torch.device, pixels: np.ndarray, options: PatchOptions) -> torch.Tensor:
     """The patches of patchify(), float32 [P, patch_dim], from a picture that is moved as it is and resized there."""
     height, width = fit_size(pixels.shape[0], pixels.shape[1], options)
+    # A copy of its own: torch takes no negative strides, and warns of what it may not write.
     staged = torch.empty(pixels.shape, dtype=torch.uint8, pin_memory=is_pinned_for(pixels.nbytes, device))
     staged.numpy()[...] = pixels
     resized = resize_bicubic(staged.to(device, non_blocking=True), height, width)

@@ -50,7 +50,7 @@ class Picture:
             patches = patches(device)
             if device.type == "cpu":
                 self._patches = patches  # and what they were made from may go
-        return sent(patches, device) if patches.device.type == "cpu" else patches.to(device)
+        return sent(patches, device)
 
 
 @dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import FETCHED_COLUMNS, fetch_rows, overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import fetch_rows, overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
@@ -18,12 +18,12 @@ SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in r
 def _head_argmax_kernel(
     h_ptr, head_ptr, scale_ptr, best_ptr, best_id_ptr, ticket_ptr, token_ptr, num_rows, vocab, width,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SLICES_AT_ONCE: tl.constexpr, FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
+    SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     first = tl.program_id(0) * BLOCK_N
     ids = first + tl.arange(0, BLOCK_N)
-    fetch_rows(head_ptr, ids, vocab, width, OVERLAPS, FETCHED)
+    fetch_rows(head_ptr, ids, vocab, width, OVERLAPS)
     wait_for_previous(OVERLAPS)
     logits, _ = times_weight(
         h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES
@@ -76,5 +76,5 @@ def head_argmax(
     if len(h):
         _head_argmax_kernel[(num_slices,)](
             h, values, scale, best, best_id, tickets, tokens, len(h), len(values), h.shape[1],
-            SLICES_AT_ONCE=SLICES_AT_ONCE[of_tile["ROWS"]], FETCHED=FETCHED_COLUMNS, **of_tile, **overlap_options(h),
+            SLICES_AT_ONCE=SLICES_AT_ONCE[of_tile["ROWS"]], **of_tile, **overlap_options(h),
         )  # fmt: skip

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import FETCHED_COLUMNS, fetch_rows, overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import fetch_rows, overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
 # 4.3 TB/s times a latency of 0.8 us is 26 kB on their way to each multiprocessor of an H200. A block has 4 kB of them
-# for one row, and 12 or more for several.
+# for one row, and 16 or more for several.
 BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 8, MAX_ROWS: 3}}
 
 
@@ -18,16 +18,16 @@ BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 8, MAX_ROWS: 3}}
 def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up."""
     first = tl.program_id(0) * BLOCK_N
     outputs = first + tl.arange(0, BLOCK_N)
     up_ptr = None
-    fetch_rows(weight_ptr, outputs, num_outputs, width, OVERLAPS, FETCHED)
+    fetch_rows(weight_ptr, outputs, num_outputs, width, OVERLAPS)
     if SWIGLU:
         up_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
-        fetch_rows(up_ptr, outputs, num_outputs, width, OVERLAPS, FETCHED)
+        fetch_rows(up_ptr, outputs, num_outputs, width, OVERLAPS)
     wait_for_previous(OVERLAPS)
     y, up = times_weight(
         x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
@@ -75,6 +75,6 @@ def linear_decode(
         tile = tile or tuned_tile(len(x), values) or default_tile(len(x), swiglu)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
-            FETCHED=FETCHED_COLUMNS, **options(len(x), tile), **overlap_options(x),
+            **options(len(x), tile), **overlap_options(x),
         )  # fmt: skip
     return y

@@ -3,7 +3,7 @@
 Programmatic dependent launch, compute capability 9.0 on. Whoever is launched so may not touch what the kernel before
 writes until wait_for_previous(): then all that came before is done, since each of those waited likewise. What nobody
 writes (weights) may be fetched earlier. So may what kernels before the previous one have written, for that one has
-waited for them before it let this one begin; but from L2, since L1 is sure to be of today only after the wait.
+waited for them before it let this one begin; but from L2, since L1 is sure to be up to date only after the wait.
 """
 
 import functools
@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 OLDEST_CAPABILITY = (9, 0)
-FETCHED_COLUMNS = 1024  # of each row of a weight that a block has: 2 kB in bf16
+FETCHED_COLUMNS = tl.constexpr(1024)  # of each row of a weight that a block has: 2 kB in bf16
 LINE_BITS = tl.constexpr(1024)  # of L2
 
 
@@ -38,12 +38,12 @@ def wait_for_previous(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
-def fetch_rows(weight_ptr, rows, num_rows, width, OVERLAPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Ask for the first COLUMNS of these rows of a weight to be brought to L2, and wait for nothing."""
+def fetch_rows(weight_ptr, rows, num_rows, width, OVERLAPS: tl.constexpr):
+    """Ask for the first FETCHED_COLUMNS of these rows of a weight to be brought to L2, and wait for nothing."""
     if OVERLAPS:
         LINE: tl.constexpr = LINE_BITS // weight_ptr.dtype.element_ty.primitive_bitwidth
         inside = tl.minimum(rows, num_rows - 1).to(tl.int64)
-        columns = tl.minimum(tl.arange(0, COLUMNS // LINE) * LINE, width - 1)
+        columns = tl.minimum(tl.arange(0, FETCHED_COLUMNS // LINE) * LINE, width - 1)
         lines = weight_ptr + inside[:, None] * width + columns[None, :]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1

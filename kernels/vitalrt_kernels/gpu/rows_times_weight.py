@@ -28,20 +28,9 @@ def times_weight(
         return _one_row(x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K)
     else:
         return _few_rows(
-            x_ptr,
-            num_rows,
-            norm_ptr,
-            eps,
-            weight_ptr,
-            up_ptr,
-            first,
-            num_outputs,
-            width,
-            ROWS,
-            BLOCK_N,
-            BLOCK_K,
+            x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
             STAGES,
-        )
+        )  # fmt: skip
 
 
 @triton.jit
