@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from bench.gpu.shapes import BenchPrompt
-from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
+from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision, Inputs
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -51,7 +51,7 @@ class Ours:
         image_rows = (prompt.ids == self.config.image_token_id).nonzero().flatten().to(self.device)
         tokens, *deepstack = self.vision(prompt.pixels, [prompt.grid])
         embeddings = self.step.weights.embed[ids].index_copy(0, image_rows, tokens)
-        [hidden] = self.prefill.begin(embeddings, positions, slots, image_rows, deepstack)
+        [hidden] = self.prefill.begin(Inputs(embeddings, positions, image_rows, deepstack), slots)
         self.step.place(row, hidden, prompt.num_tokens, prompt.next_position, pages, k, ENDLESS)
 
     def go_on(self, prompt: BenchPrompt, count: int) -> torch.Tensor:
@@ -62,7 +62,7 @@ class Ours:
         slots = torch.arange(start, start + count, device=self.device)
         pages = torch.arange(self.pages_per_row, dtype=torch.int32).expand(count, -1).contiguous()
         reach = torch.arange(start + 1, start + count + 1, dtype=torch.int32)
-        return self.prefill.go_on(x, positions, slots, pages, reach)[-1]
+        return self.prefill.go_on(Inputs(x, positions), slots, pages, reach)[-1]
 
     def latent_steps(self, count: int) -> None:
         """Of row 0, which was begun with at least as many."""

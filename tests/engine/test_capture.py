@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vitalrt.engine import device_prefill, device_step
-from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision
+from vitalrt.engine.device_prefill import DevicePrefill, DeviceVision, Inputs
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import Graphs, StepGraphs
 from vitalrt.model.decoder import Decoder
@@ -100,9 +100,9 @@ def test_prompts(num_levels: int, decoder: Decoder, caches: torch.Tensor, captur
     x = torch.empty(5, decoder.config.hidden_size, device=META)
     positions, slots = (torch.zeros(*shape, 5, dtype=torch.int64, device=META) for shape in ((3,), ()))
     images = torch.zeros(2, dtype=torch.int64, device=META), [x[:2]] * num_levels
-    prefill.begin(x, positions, slots, *images)
+    prefill.begin(Inputs(x, positions, *images), slots)
     pages, reach = torch.zeros(5, 3, dtype=torch.int32), torch.ones(5, dtype=torch.int32)
-    prefill.go_on(x, positions, slots, pages, reach, *images)
+    prefill.go_on(Inputs(x, positions, *images), slots, pages, reach)
     assert captured == [("begin", 64, num_levels), ("go on", 16, num_levels)]
 
 

@@ -84,7 +84,9 @@ def test_what_is_left_of_later_questions_is_one_pass(tiny, load_on_device, monke
     """Three questions about one image: only their own tokens are computed, all in one call of what is captured."""
     model, sizes = load_on_device(), []
     go_on = DevicePrefill.go_on
-    monkeypatch.setattr(DevicePrefill, "go_on", lambda self, x, *rest: (sizes.append(len(x)), go_on(self, x, *rest))[1])
+    monkeypatch.setattr(
+        DevicePrefill, "go_on", lambda self, x, *rest: (sizes.append(len(x.embeddings)), go_on(self, x, *rest))[1]
+    )
     base = tiny.prompt(7, [(1, 4, 4)], num_text=14)
     questions = [
         vitalrt.Prompt(torch.cat((base.input_ids, torch.tensor(ids))), base.pixel_values, base.image_grid_thw)
@@ -115,9 +117,9 @@ def test_pieces_of_any_prompts(tiny, load_on_device, monkeypatch, options, seed:
     draw, kinds = random.Random(seed), set[tuple[bool, bool]]()
     go_on = DevicePrefill.go_on
 
-    def watched(self, x, positions, slots, pages, reach, image_rows, deepstack):
-        kinds.add((image_rows is not None, len({*map(tuple, pages.tolist())}) > 1))
-        return go_on(self, x, positions, slots, pages, reach, image_rows, deepstack)
+    def watched(self, inputs, slots, pages, reach):
+        kinds.add((inputs.image_rows is not None, len({*map(tuple, pages.tolist())}) > 1))
+        return go_on(self, inputs, slots, pages, reach)
 
     monkeypatch.setattr(DevicePrefill, "go_on", watched)
     questions = []

@@ -11,7 +11,7 @@ import torch
 
 import vitalrt
 from vitalrt.engine import device_step
-from vitalrt.engine.device_prefill import MAX_SEEN, DevicePrefill, DeviceVision
+from vitalrt.engine.device_prefill import MAX_SEEN, DevicePrefill, DeviceVision, Inputs
 from vitalrt.engine.device_step import DeviceStep, StepWeights
 from vitalrt.engine.graphs import StepGraphs, TokenReader, answer_alone
 from vitalrt.model.rope import mrope_positions
@@ -47,7 +47,7 @@ class DeviceRun:
         if prompt.pixel_values is not None:
             tokens, *deepstack = self.vision(prompt.pixel_values, prompt.grids())
             x = x.index_copy(0, image_rows, tokens)
-        [hidden] = self.prefill.begin(x, positions, slots, image_rows if deepstack else None, deepstack)
+        [hidden] = self.prefill.begin(Inputs(x, positions, image_rows if deepstack else None, deepstack), slots)
         self.step.place(row, hidden, prompt.num_tokens, next_position, pages, k, limit)
 
 

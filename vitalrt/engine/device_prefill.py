@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -34,6 +35,18 @@ def length_bucket(num_tokens: int) -> int:
     """Steps of 64 up to 512, of 128 above: at most an eighth more than was asked for, once a prompt is worth it."""
     step = 64 if num_tokens <= 512 else 128
     return -(-num_tokens // step) * step
+
+
+class Inputs(NamedTuple):
+    """embeddings: [T, d], visual tokens and latents in their places.  positions: [3, T] int64.
+
+    image_rows: [V] int64, None without visual tokens.  deepstack: [V, d] each, as Decoder.forward takes them.
+    """
+
+    embeddings: torch.Tensor
+    positions: torch.Tensor
+    image_rows: torch.Tensor | None = None
+    deepstack: Sequence[torch.Tensor] = ()
 
 
 class DevicePrefill:
@@ -60,22 +73,15 @@ class DevicePrefill:
         self._tickets = new_tickets(MAX_LEFT * weights.config.num_key_value_heads, device)
         self._hidden = weights.embed.new_zeros(MAX_LEFT, width)
 
-    def begin(
-        self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        image_rows: torch.Tensor | None = None,
-        deepstack: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:
+    def begin(self, inputs: Inputs, slots: torch.Tensor) -> torch.Tensor:
         """A whole prompt, or as much of its beginning.
 
-        embeddings: [T, d], visual tokens in their places.  positions: [3, T] int64.
-        slots: [T] int64, where each token's key and value go.  image_rows: [V] int64, and deepstack: [V, d] each, as
-        Decoder.forward takes them.  Returns [1, d], the last token's after the final norm; the next call overwrites it.
+        slots: [T] int64, where each token's key and value go.
+        Returns [1, d], the last token's after the final norm; the next call overwrites it.
         """
-        num_tokens = len(embeddings)
+        num_tokens = len(slots)
         if num_tokens > MAX_CAPTURED:
+            embeddings, positions, image_rows, deepstack = inputs
             spread = [
                 torch.zeros_like(embeddings).index_copy(0, image_rows, features.to(embeddings.dtype))
                 for features in deepstack
@@ -84,43 +90,34 @@ class DevicePrefill:
             attend = self._among_themselves(positions, slots, slots)
             return self._run(embeddings, spread, attend, slots.new_tensor([num_tokens - 1]))
         length = length_bucket(num_tokens)
-        self._fill(length, embeddings, positions, slots, image_rows, deepstack)
+        self._fill(length, inputs, slots)
         self._read_slots[:num_tokens].copy_(slots)
         self._read_slots[num_tokens:length].copy_(slots[:1].expand(length - num_tokens))
         self._last.fill_(num_tokens - 1)
-        x, by_axis, write_slots, levels = self._views(length, len(deepstack))
+        x, by_axis, write_slots, levels = self._views(length, len(inputs.deepstack))
         attend = self._among_themselves(by_axis, write_slots, self._read_slots[:length])
 
         def run() -> None:
             self._hidden[:1].copy_(self._run(x, levels, attend, self._last))
 
         # A run of the same prompt again writes the same to the same slots: it needs no undoing.
-        self._graphs(("begin", length, len(deepstack)), run, dry_run=run)
+        self._graphs(("begin", length, len(levels)), run, dry_run=run)
         return self._hidden[:1]
 
-    def go_on(
-        self,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
-        reach: torch.Tensor,
-        image_rows: torch.Tensor | None = None,
-        deepstack: Sequence[torch.Tensor] = (),
-    ) -> torch.Tensor:
+    def go_on(self, inputs: Inputs, slots: torch.Tensor, pages: torch.Tensor, reach: torch.Tensor) -> torch.Tensor:
         """At most MAX_LEFT tokens, of any prompts, whose earlier tokens are in the cache. As begin(), and:
 
         pages: [T, at most P] int32, of each token's prompt, as paged_attention takes them.  reach: [T] int32, how many
         of its tokens each one sees, itself included. Both on the CPU.
         Returns [T, d], after the final norm; the next call overwrites it.
         """
-        num_tokens, device = len(embeddings), self.k_cache.device
+        num_tokens, device = len(slots), self.k_cache.device
         length = next(length for length in LEFT_BUCKETS if length >= num_tokens)
-        self._fill(length, embeddings, positions, slots, image_rows, deepstack)
+        self._fill(length, inputs, slots)
         self._pages[:num_tokens, : pages.shape[1]].copy_(pinned(pages, device), non_blocking=True)
         self._reach[:num_tokens].copy_(pinned(reach, device), non_blocking=True)
         self._reach[num_tokens:length].zero_()
-        x, by_axis, write_slots, levels = self._views(length, len(deepstack))
+        x, by_axis, write_slots, levels = self._views(length, len(inputs.deepstack))
 
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             q, caches = self._append(layer, qkv, by_axis, write_slots), (self.k_cache[layer], self.v_cache[layer])
@@ -132,20 +129,13 @@ class DevicePrefill:
         def run() -> None:
             self._hidden[:length].copy_(self._run(x, levels, attend))
 
-        self._graphs(("go on", length, len(deepstack)), run, dry_run=run)
+        self._graphs(("go on", length, len(levels)), run, dry_run=run)
         return self._hidden[:num_tokens]
 
-    def _fill(
-        self,
-        length: int,
-        embeddings: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        image_rows: torch.Tensor | None,
-        deepstack: Sequence[torch.Tensor],
-    ) -> None:
+    def _fill(self, length: int, inputs: Inputs, slots: torch.Tensor) -> None:
         """The static buffers. What fills up a bucket is zeros and has no slot to write."""
-        num_tokens = len(embeddings)
+        embeddings, positions, image_rows, deepstack = inputs
+        num_tokens = len(slots)
         x, by_axis, write_slots, levels = self._views(length, len(deepstack))
         x[:num_tokens].copy_(embeddings)
         x[num_tokens:].zero_()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -16,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from vitalrt.engine.cache import PagedCache
 from vitalrt.engine.cpu_decoder import CpuDecoder
-from vitalrt.engine.device_prefill import MAX_LEFT, DevicePrefill
+from vitalrt.engine.device_prefill import MAX_LEFT, DevicePrefill, Inputs
 from vitalrt.engine.graphs import StepGraphs
 from vitalrt.engine.image_encoder import ImageEncoder
 from vitalrt.engine.sequence import Image, Sequence
@@ -51,18 +50,6 @@ class Chunk:
         return [image for image in self.sequence.images if image.start < self.stop and image.stop > self.start]
 
 
-class Inputs(NamedTuple):
-    """embeddings: [T, d], visual tokens and latents in their places.  positions: [3, T] int64.
-
-    image_rows: [V] int64, None without visual tokens.  deepstack: [V, d] each.
-    """
-
-    embeddings: torch.Tensor
-    positions: torch.Tensor
-    image_rows: torch.Tensor | None
-    deepstack: list[torch.Tensor]
-
-
 def prefill(
     model: Qwen3VL,
     cache: PagedCache,
@@ -95,14 +82,12 @@ def prefill(
         )
     elif device_prefill is not None and len(chunks) == 1 and not chunks[0].start:
         slots = chunks[0].sequence.slots[: chunks[0].stop]
-        images = inputs.image_rows, inputs.deepstack
-        hidden = device_prefill.begin(inputs.embeddings, inputs.positions, slots, *images).clone()
+        hidden = device_prefill.begin(inputs, slots).clone()
     elif device_prefill is not None and sum(counts) <= MAX_LEFT:
-        images = inputs.image_rows, inputs.deepstack
         slots = torch.cat([chunk.slots for chunk in chunks])
         pages = _page_rows([chunk.sequence for chunk in chunks]).repeat_interleave(torch.tensor(counts), dim=0)
         reach = torch.cat([torch.arange(chunk.start, chunk.stop) for chunk in chunks]).int() + 1
-        by_token = device_prefill.go_on(inputs.embeddings, inputs.positions, slots, pages, reach, *images)
+        by_token = device_prefill.go_on(inputs, slots, pages, reach)
         hidden = torch.stack([rows[-1] for rows in by_token.split(counts)])
     else:
         attend = PrefillAttention(cache, chunks)
@@ -140,7 +125,7 @@ def _inputs(model: Qwen3VL, chunks: Many[Chunk], encoder: ImageEncoder, device: 
     if thoughts:
         x = x.index_copy(0, sent(torch.tensor(thought_rows), device), torch.stack(thoughts).to(x.dtype))
     if not image_rows:
-        return Inputs(x, sent(positions, device), None, [])
+        return Inputs(x, sent(positions, device))
     tokens, *deepstack = (torch.cat(level) for level in zip(*levels, strict=True))
     rows = sent(torch.cat(image_rows), device)
     return Inputs(x.index_copy(0, rows, tokens.to(x.dtype)), sent(positions, device), rows, deepstack)
