@@ -110,6 +110,7 @@ def linear_decode(
     """x: [M, d].  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
 
     norm: RMSNorm of x first (as rms_norm).  swiglu: weight is [gate | up] and the result has N / 2 columns.
+    Where launches overlap, weight is read before the launch before has ended: that one may not write it.
     Returns [M, N].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """

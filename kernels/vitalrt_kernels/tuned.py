@@ -34,7 +34,8 @@ class Tile(NamedTuple):
 
     def options(self) -> dict[str, int]:
         """As kernels are launched with."""
-        return {"BLOCK_N": self.outputs, "BLOCK_K": self.columns, "STAGES": self.stages, "num_warps": self.warps}
+        block = {"BLOCK_N": self.outputs, "BLOCK_K": self.columns, "STAGES": self.stages}
+        return block | {"WARPS": self.warps, "num_warps": self.warps}
 
 
 class Shape(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import triton
+from machine_code import CONVERSIONS, FETCH, WAIT, bytes_before_use, instructions, is_of_weights, loops
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -27,9 +28,6 @@ import vitalrt_kernels.gpu
 from vitalrt_kernels.gpu import overlap
 
 CUDA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-WAIT = "ACQBULK"  # griddepcontrol.wait, as machine code
-LOOP = re.compile(r"^(\.L_x_\d+):$(.*?)BRA `\(\1\)", re.DOTALL | re.MULTILINE)
-GLOBAL_ACCESS = re.compile(r"\b(LDG|LDGSTS|LD|STG|ST|ATOM|ATOMG|RED|REDG)(\.|\s)")
 d, INTERMEDIATE, VOCAB, H, G, D = 4096, 12288, 151936, 32, 8, 128
 FEATURES = 1152  # of MedSigLIP
 SLOTS, PAGE = 32768, 16
@@ -148,8 +146,40 @@ def _say(tool: str, *arguments: str) -> str:
     return subprocess.run([CUDA_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _barriers(loop: tuple[str, str]) -> int:
-    return loop[1].count("BAR.SYNC")
+def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Before it waits for the launch before, and in its loops over weights, if it has any."""
+    before, waits, _ = code.partition(WAIT)
+    accesses = [each for each in instructions(before) if each.is_global_access and not is_of_weights(each)]
+    over_weights = [loop for loop in loops(code) if any(map(is_of_weights, loop))]
+    read: dict[str, Any] = {
+        "waits": bool(waits),
+        "accesses_before": len(accesses),
+        "loads_from_l2_before": sum("LDG" in each.opcode and "STRONG.GPU" in each.opcode for each in accesses),
+        "fetches_before": before.count(FETCH),
+        "weights_before": bytes_before_use(instructions(before)) if waits else 0,
+    }
+    if "BLOCK_N" in options and len(over_weights) == 1:
+        (loop,) = over_weights
+        read["loop"] = {
+            "barriers": sum(each.opcode.startswith("BAR.SYNC") for each in loop),
+            "instructions": len(loop),
+            "conversions": sum(each.kind in CONVERSIONS for each in loop),
+            "bytes_before_use": bytes_before_use(loop),
+        }
+    return read
+
+
+def read_block(options: dict[str, Any], named: dict[str, Any], grid: tuple[int, ...]) -> dict[str, Any]:
+    """Of a kernel over weights: what a block does in a round, and how many blocks there are."""
+    weight = named.get("weight_ptr", named.get("head_ptr"))
+    matrices = 2 if options.get("SWIGLU") else 1
+    return {
+        "rows": options["ROWS"],
+        "weight": str(weight.dtype).removeprefix("torch."),
+        "bytes_a_round": options["BLOCK_N"] * options["BLOCK_K"] * weight.itemsize * matrices,
+        "stages": options["STAGES"],
+        "blocks": grid[0],
+    }
 
 
 def main(capabilities: list[int]) -> None:
@@ -173,18 +203,10 @@ def main(capabilities: list[int]) -> None:
             cubin.flush()
             usage, code = _say("cuobjdump", "-res-usage", cubin.name), _say("nvdisasm", cubin.name)
         rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-        before, waits, _ = code.partition(WAIT)
-        accesses = [line for line in before.splitlines() if GLOBAL_ACCESS.search(line)]
-        rows[-1] |= {"waits": bool(waits), "accesses_before": len(accesses)}
-        rows[-1] |= {"loads_from_l2_before": sum("LDG" in line and "STRONG.GPU" in line for line in accesses)}
-        rows[-1] |= {
-            "fetches_before": before.count("CCTL.E.PF2"),
-            "appends": "norm_ptr" in named and named["norm_ptr"] is not None,
-        }
-        rows[-1] |= {
-            "rows": options.get("ROWS"),
-            "barriers_in_loop": max(map(_barriers, LOOP.findall(code)), default=0),
-        }
+        rows[-1] |= read_code(code, options)
+        rows[-1] |= {"appends": named.get("norm_ptr") is not None}
+        if "BLOCK_N" in options:
+            rows[-1] |= read_block(options, named, grid)
 
     JITFunction.run = compile_only
     for capability in capabilities:

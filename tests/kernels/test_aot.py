@@ -15,6 +15,10 @@ import pytest
 # Per multiprocessor: registers, shared memory in bytes, threads (CUDA C programming guide, compute capabilities).
 LIMITS = {80: (65536, 164 * 1024, 2048), 90: (65536, 228 * 1024, 2048), 120: (65536, 100 * 1024, 1536)}
 
+# What memory gives a multiprocessor in a clock: A100 80GB 2.04 TB/s, 108 of them, 1.41 GHz; H200 4.3 (as copied), 132,
+# 1.755; RTX PRO 6000 1.79, 188, 2.6.
+BYTES_A_CLOCK = {80: 13.4, 90: 18.6, 120: 3.7}
+
 TRAINED = {"_layer_norm", "_layer_norm_backward", "_gelu_residual", "_gelu_residual_backward"}  # launched in turn
 
 
@@ -27,6 +31,13 @@ def compiled() -> dict[str, Any]:
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
+
+
+@pytest.fixture
+def over_weights(compiled: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = [{**row} for row in compiled["rows"] if "weight" in row]
+    assert rows and all("loop" in row for row in rows), "each is one loop over weights"
+    return rows
 
 
 def test_every_kernel_is_compiled(compiled: dict[str, Any]) -> None:
@@ -44,7 +55,8 @@ def test_occupancy(compiled: dict[str, Any]) -> None:
 
 
 def test_kernels_of_a_step_wait_before_they_touch_anything(compiled: dict[str, Any]) -> None:
-    """Read off the machine code: an overlapping launch may run beside the one before it until it waits.
+    """Read off the machine code: an overlapping launch may run beside the one before it until it waits,
+    and touch weights, which no launch writes.
 
     Attention that appends loads what nobody has written since the launch before began: from L2, as L1 may be older.
     What it attends to without appending, the launch before has just written.
@@ -58,19 +70,47 @@ def test_kernels_of_a_step_wait_before_they_touch_anything(compiled: dict[str, A
     assert all(row["accesses_before"] for row in steps if not row["waits"]), "the pattern finds accesses"
 
 
-def test_weights_are_asked_for_before_the_wait(compiled: dict[str, Any]) -> None:
-    rows = [row for row in compiled["rows"] if row["kernel"] in ("_linear_decode_kernel", "_head_argmax_kernel")]
-    assert [row for row in rows if (row["fetches_before"] > 0) != (row["capability"] >= 90)] == []
+def test_weights_are_asked_for_before_the_wait(over_weights: list[dict[str, Any]]) -> None:
+    """To L2; and a row's first round of them to registers, but for int8."""
+    assert [row for row in over_weights if (row["fetches_before"] > 0) != row["waits"]] == []
+    early = [row for row in over_weights if row["weights_before"]]
+    assert early == [row for row in over_weights if row["waits"] and row["rows"] == 1 and row["weight"] != "int8"] != []
+    assert [row for row in early if row["weights_before"] * 32 * row["warps"] < row["bytes_a_round"]] == []
 
 
-def test_warps_of_one_row_do_not_wait_for_each_other(compiled: dict[str, Any]) -> None:
-    """In the loop over a weight's columns a barrier would let all of them wait for the slowest load.
+def test_warps_of_one_row_do_not_wait_for_each_other(over_weights: list[dict[str, Any]]) -> None:
+    """In the loop over a weight's columns a barrier would let all of them wait for the slowest load."""
+    assert [row for row in over_weights if row["rows"] == 1 and row["loop"]["barriers"]] == []
+    assert all(row["loop"]["barriers"] for row in over_weights if row["rows"] == 16), "barriers are found"
 
-    Loops of sm_120 end in ways that the pattern does not know.
-    """
-    linear = [row for row in compiled["rows"] if row["kernel"] == "_linear_decode_kernel" and row["capability"] < 120]
-    assert [row for row in linear if row["rows"] == 1 and row["barriers_in_loop"]] == []
-    assert all(row["barriers_in_loop"] for row in linear if row["rows"] == 16), "the pattern finds barriers"
+
+def test_weights_are_not_waited_for_one_by_one(over_weights: list[dict[str, Any]]) -> None:
+    """All that a thread loads in a round is on its way before it needs any of it."""
+    one_row = [row for row in over_weights if row["rows"] == 1]
+    late = [row for row in one_row if row["loop"]["bytes_before_use"] * 32 * row["warps"] < row["bytes_a_round"]]
+    assert late == []
+
+
+def test_enough_is_on_its_way_to_fill_the_memory(over_weights: list[dict[str, Any]]) -> None:
+    """On an H200: 4.3 TB/s for 0.8 us, what a load takes, over its multiprocessors."""
+    multiprocessors, needed = 132, 4.3e12 * 0.8e-6 / 132
+    of_h200 = [row for row in over_weights if row["capability"] == 90]
+    for row in of_h200:
+        resident = min(_blocks_that_fit(row), row["blocks"] / multiprocessors)
+        rounds = 1 if row["rows"] == 1 else row["stages"] - 1  # one is being multiplied
+        row["on_their_way"] = round(resident * rounds * row["bytes_a_round"])
+    assert [row for row in of_h200 if row["on_their_way"] < needed] == []
+
+
+def test_memory_leaves_time_for_the_instructions(over_weights: list[dict[str, Any]]) -> None:
+    """Weights come at the card's bandwidth while its multiprocessors issue four instructions a clock, of any warps, and
+    convert sixteen numbers in the units that do it."""
+    for row in over_weights:
+        clocks = row["bytes_a_round"] / BYTES_A_CLOCK[row["capability"]]
+        row["issued"] = row["loop"]["instructions"] * row["warps"] / 4 / clocks
+        row["converted"] = row["loop"]["conversions"] * row["warps"] * 2 / clocks
+    assert [row for row in over_weights if max(row["issued"], row["converted"]) > 0.9] == []
+    assert [row for row in over_weights if row["weight"] == "bfloat16" and row["issued"] > 0.5] == []
 
 
 def _blocks_that_fit(row: dict[str, Any]) -> int:

@@ -4,13 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import fetch_rows, overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import overlap_options
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
-BLOCKS_PER_SM = {"_head_argmax_kernel": 2}  # as linear_decode: 32 kB for one row, 24 for several
+BLOCKS_PER_SM = {"_head_argmax_kernel": {1: 2, MAX_ROWS: 1}}
 SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in registers
 
 
@@ -18,16 +18,15 @@ SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in r
 def _head_argmax_kernel(
     h_ptr, head_ptr, scale_ptr, best_ptr, best_id_ptr, ticket_ptr, token_ptr, num_rows, vocab, width,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
+    WARPS: tl.constexpr, SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     first = tl.program_id(0) * BLOCK_N
     ids = first + tl.arange(0, BLOCK_N)
-    fetch_rows(head_ptr, ids, vocab, width, OVERLAPS)
-    wait_for_previous(OVERLAPS)
     logits, _ = times_weight(
-        h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES
-    )
+        h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES, WARPS,
+        OVERLAPS,
+    )  # fmt: skip
     if scale_ptr is not None:
         logits *= tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
     logits = logits.to(h_ptr.dtype.element_ty).to(tl.float32)
@@ -54,9 +53,11 @@ def _head_argmax_kernel(
         tl.store(token_ptr + rows, token.to(tl.int64), mask=rows < num_rows)
 
 
-def default_tile(num_rows: int) -> Tile:
+def default_tile(num_rows: int, weight: torch.Tensor) -> Tile:
     """By the same reasoning as linear_decode's."""
-    return Tile(8, 2048, stages=1, warps=8) if num_rows == 1 else Tile(32, 128, stages=3, warps=4)
+    if num_rows == 1:
+        return Tile(8, 2048, stages=1, warps=8)
+    return Tile(32, 512 // weight.itemsize, stages=3, warps=8)
 
 
 def head_argmax(
@@ -68,7 +69,7 @@ def head_argmax(
 ) -> None:
     """Into tokens, [M].  tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
-    tile = tile or tuned_tile(len(h), values) or default_tile(len(h))
+    tile = tile or tuned_tile(len(h), values) or default_tile(len(h), values)
     of_tile = options(len(h), tile)
     num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)

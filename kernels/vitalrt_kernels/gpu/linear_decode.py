@@ -4,34 +4,31 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import fetch_rows, overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import overlap_options
+from vitalrt_kernels.gpu.rms_norm import rms_norm
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
-# 4.3 TB/s times a latency of 0.8 us is 26 kB on their way to each multiprocessor of an H200. A block has 4 kB of them
-# for one row, and 16 or more for several.
-BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 8, MAX_ROWS: 3}}
+BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}  # bytes count more: default_tile
+FEW_OUTPUTS = 4096
 
 
 @triton.jit
 def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up."""
     first = tl.program_id(0) * BLOCK_N
     outputs = first + tl.arange(0, BLOCK_N)
     up_ptr = None
-    fetch_rows(weight_ptr, outputs, num_outputs, width, OVERLAPS)
     if SWIGLU:
         up_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
-        fetch_rows(up_ptr, outputs, num_outputs, width, OVERLAPS)
-    wait_for_previous(OVERLAPS)
     y, up = times_weight(
         x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
-        STAGES,
+        STAGES, WARPS, OVERLAPS,
     )  # fmt: skip
     is_output = outputs < num_outputs
     if scale_ptr is not None:
@@ -48,14 +45,21 @@ def _linear_decode_kernel(
     tl.store(y_ptr + cells, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def default_tile(num_rows: int, swiglu: bool) -> Tile:
-    """One row: small blocks with four rows of weights to a thread. More rows: tensor cores want 16 of them.
+def default_tile(num_rows: int, swiglu: bool, weight: torch.Tensor) -> Tile:
+    """weight: as stored. All blocks that fit, or that there are, have 30 kB or more on their way to each SM of an H200.
 
-    Narrow blocks of outputs, so that the smallest matrix (O, 4096 outputs) still gives every multiprocessor some.
+    One row: where there are few outputs (O, down), so few blocks, they are wider. Bytes leave time for few
+    instructions, so that what is done to x has to serve more outputs.
+    More rows: each block reads all of x from L2, which for 16 rows is as much as 16 rows of weights: it has 32 or more.
     """
+    itemsize = weight.itemsize
     if num_rows == 1:
-        return Tile(outputs=2 if swiglu else 4, columns=512, stages=1, warps=2)
-    return Tile(outputs=16, columns=128, stages=3 if swiglu else 4, warps=4)
+        columns = (2048 if len(weight) <= FEW_OUTPUTS else 1024) // itemsize
+        outputs = (8 if itemsize == 1 else 4) // (2 if swiglu else 1)
+        return Tile(outputs, columns, stages=1, warps=max(1, columns // 256))
+    if swiglu and itemsize == 1:
+        return Tile(32, 256, stages=4, warps=8)
+    return Tile(32, 512 // itemsize, stages=3, warps=8)
 
 
 def linear_decode(
@@ -68,11 +72,14 @@ def linear_decode(
 ) -> torch.Tensor:
     """tile: None for the tuned one, or else the default."""
     values, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
+    if norm is not None and len(x) > 1 and x.dtype == torch.float16:
+        # Several rows are divided by their rms after the product, and before that fp16 may not hold them.
+        x, norm = rms_norm(x, *norm, residual=None, out=None), None
     norm_weight, eps = norm or (None, 0.0)
     num_outputs = len(values) // (2 if swiglu else 1)
     y = x.new_empty(len(x), num_outputs)
     if y.numel():
-        tile = tile or tuned_tile(len(x), values) or default_tile(len(x), swiglu)
+        tile = tile or tuned_tile(len(x), values) or default_tile(len(x), swiglu, values)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
             **options(len(x), tile), **overlap_options(x),

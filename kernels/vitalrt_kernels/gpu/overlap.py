@@ -1,8 +1,8 @@
 """Launches that overlap: a kernel is set up, and asks for its first weights, while the one before it still runs.
 
 Programmatic dependent launch, compute capability 9.0 on. Whoever is launched so may not touch what the kernel before
-writes until wait_for_previous(): then all that came before is done, since each of those waited likewise. What nobody
-writes (weights) may be fetched earlier. So may what kernels before the previous one have written, for that one has
+writes until wait_for_previous(): then all that came before is done, since each of those waited likewise. What no launch
+writes (weights) may be loaded earlier. So may what kernels before the previous one have written, for that one has
 waited for them before it let this one begin; but from L2, since L1 is sure to be up to date only after the wait.
 """
 

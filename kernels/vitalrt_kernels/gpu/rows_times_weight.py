@@ -6,6 +6,8 @@ The weight is read once and never again: evict_first keeps the rows in L2 instea
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.overlap import fetch_rows, wait_for_previous
+from vitalrt_kernels.gpu.widen import as_fp32
 from vitalrt_kernels.linear_decode import MAX_ROWS
 from vitalrt_kernels.tuned import Tile
 
@@ -18,54 +20,72 @@ def options(num_rows: int, tile: Tile) -> dict[str, int]:
 @triton.jit
 def times_weight(
     x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Rows, normed where there is a norm, times rows first .. first + BLOCK_N - 1 of the weight, and of `up`, or None.
 
-    Returns two [ROWS, BLOCK_N] fp32, the same one twice where there is no `up`.
+    Waits for the launch before, which makes x. Returns two [ROWS, BLOCK_N] fp32, the same one twice without `up`.
     """
+    outputs = first + tl.arange(0, BLOCK_N)
+    fetch_rows(weight_ptr, outputs, num_outputs, width, OVERLAPS)
+    if up_ptr is not None:
+        fetch_rows(up_ptr, outputs, num_outputs, width, OVERLAPS)
     if ROWS == 1:
-        return _one_row(x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K)
+        return _one_row(x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K, OVERLAPS)
     else:
+        wait_for_previous(OVERLAPS)
         return _few_rows(
             x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
-            STAGES,
+            STAGES, WARPS,
         )  # fmt: skip
 
 
 @triton.jit
 def _one_row(
-    x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+    x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Multiplied and added by each thread for itself, so that the loop holds no reduction and no barrier.
 
     For that, x has to come to every thread as the weight does: BLOCK_K is at least the 8 columns of each of the block's
-    threads (see Tile), and a thread has the same columns of all outputs, one after the other in registers. The sums are
-    divided by the rms at the end, as the sum of squares comes out of the same loop: weights stream from the first
-    moment.
+    threads (see Tile). The sums are divided by the rms at the end, as the sum of squares comes out of the same loop:
+    weights stream from the first moment.
+
+    Weights are asked for a round before they are used, the first before the launch before has ended. Left to itself,
+    the compiler moves a load down to where its numbers are needed, and there it waits for the one before. It does not
+    with bytes, and those, carried to the next round, would be unpacked into a register each.
     """
+    IS_AHEAD: tl.constexpr = weight_ptr.dtype.element_ty != tl.int8
     outputs = tl.arange(0, BLOCK_N)[:, None]
     is_output = first + outputs < num_outputs
     skipped = tl.cast(first, tl.int64) * width
     rows = outputs * width  # int32: within the block
-    squares = tl.zeros([1, BLOCK_K], tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    up_total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    squares = tl.zeros([1, BLOCK_K // 8], tl.float32)
+    total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
+    up_total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
+    if IS_AHEAD:
+        columns = tl.arange(0, BLOCK_K)[None, :]
+        weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
+    wait_for_previous(OVERLAPS)
     for start in range(0, width, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
+        if IS_AHEAD:
+            next_weight, next_up = _load_by_eight(
+                weight_ptr, up_ptr, skipped, rows, is_output, columns + BLOCK_K, width
+            )
+        else:
+            weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
         in_row = columns < width
-        # What comes from far is asked for first.
-        weight = _load_by_eight(weight_ptr + skipped, rows + columns, is_output & in_row)
-        if up_ptr is not None:
-            up = _load_by_eight(up_ptr + skipped, rows + columns, is_output & in_row)
         x = tl.load(x_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last").to(tl.float32)
         if norm_ptr is not None:
             norm = tl.load(norm_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last")
-            squares += x * x
+            squares = _add_products(squares, x, x, 8)
             x *= norm.to(tl.float32)
-        total += x * weight.to(tl.float32)
+        total = _add_products(total, x, as_fp32(weight), 8)
         if up_ptr is not None:
-            up_total += x * up.to(tl.float32)
+            up_total = _add_products(up_total, x, as_fp32(up), 8)
+        if IS_AHEAD:
+            weight, up = next_weight, next_up
     y = tl.sum(total, 1)[None, :]
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
@@ -80,62 +100,85 @@ def _one_row(
 
 
 @triton.jit
-def _load_by_eight(weight_ptr, cells, inside):
-    """As it is stored. A thread has eight columns, as of x in 16 bits: int8 in 16 bytes would lie otherwise than x."""
-    eights = tl.max_contiguous(weight_ptr + cells, [1, 8])
-    return tl.load(eights, mask=inside, other=0.0, eviction_policy="evict_first")
+def _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width):
+    """These columns of the weight, and of `up`, or None, as stored; zero outside.
+
+    A thread has eight columns, as of x in 16 bits: int8 in 16 bytes would lie otherwise than x.
+    """
+    inside = is_output & (columns < width)
+    cells = tl.max_contiguous(skipped + rows + columns, [1, 8])
+    weight = tl.load(weight_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_first")
+    if up_ptr is not None:
+        up = tl.load(up_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_first")
+        return weight, up
+    else:
+        return weight, weight
+
+
+@triton.jit
+def _add_products(total, x, weight, NEIGHBOURS: tl.constexpr):
+    """total [N, K / NEIGHBOURS] and the products x [1, K] * weight [N, K] of its NEIGHBOURS columns, one by one.
+
+    Up to eight are in the thread that total is in: nothing moves.
+    """
+    if NEIGHBOURS == 1:
+        return total + x * weight
+    else:
+        x_even, x_odd = _even_and_odd(x)
+        even, odd = _even_and_odd(weight)
+        total = _add_products(total, x_even, even, NEIGHBOURS // 2)
+        return _add_products(total, x_odd, odd, NEIGHBOURS // 2)
+
+
+@triton.jit
+def _even_and_odd(x):
+    return tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
 
 
 @triton.jit
 def _few_rows(
     x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """By tensor cores, which want 16 rows, and whose operands are narrow: rows are normed before."""
+    """By tensor cores, which want 16 rows: each warp multiplies columns of its own, all outputs of the block.
+
+    A product of batches does that. One product, shared out by outputs, would have every warp prepare all of x again.
+    """
     outputs = first + tl.arange(0, BLOCK_N)
-    if norm_ptr is not None:
-        rstd = _inverse_rms(x_ptr, num_rows, width, eps, ROWS, BLOCK_K)
-    total = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    up_total = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    OF_WARP: tl.constexpr = BLOCK_K // WARPS
+    own_columns = tl.arange(0, WARPS)[:, None] * OF_WARP + tl.arange(0, OF_WARP)[None, :]
+    squares = tl.zeros([WARPS, ROWS, OF_WARP], tl.float32)
+    total = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
+    up_total = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
     for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
-        columns = start + tl.arange(0, BLOCK_K)
-        x = _load_rows(x_ptr, num_rows, width, columns, ROWS)
+        columns = start + own_columns
+        x = _load_rows(x_ptr, tl.arange(0, ROWS), num_rows, width, columns, "evict_last")
         if norm_ptr is not None:
             norm = tl.load(norm_ptr + columns, mask=columns < width, other=0.0, eviction_policy="evict_last")
-            normed = (x.to(tl.float32) * rstd[:, None]).to(x.dtype).to(tl.float32)
-            x = (normed * norm.to(tl.float32)[None, :]).to(x.dtype)
-        total = _add_product(total, x, weight_ptr, outputs, num_outputs, width, columns)
+            wide = x.to(tl.float32)
+            squares += wide * wide
+            x *= norm[:, None, :]
+        weight = _load_rows(weight_ptr, outputs, num_outputs, width, columns, "evict_first")
+        total = tl.dot(x, tl.trans(weight.to(x.dtype), 0, 2, 1), total, input_precision="ieee")
         if up_ptr is not None:
-            up_total = _add_product(up_total, x, up_ptr, outputs, num_outputs, width, columns)
+            up = _load_rows(up_ptr, outputs, num_outputs, width, columns, "evict_first")
+            up_total = tl.dot(x, tl.trans(up.to(x.dtype), 0, 2, 1), up_total, input_precision="ieee")
+    y = tl.sum(total, 0)
+    if norm_ptr is not None:
+        rstd = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / width + eps)[:, None]
+        y *= rstd
     if up_ptr is not None:
-        return total, up_total
+        y_of_up = tl.sum(up_total, 0)
+        if norm_ptr is not None:
+            y_of_up *= rstd
+        return y, y_of_up
     else:
-        return total, total
+        return y, y
 
 
 @triton.jit
-def _load_rows(x_ptr, num_rows, width, columns, ROWS: tl.constexpr):
-    """[ROWS, BLOCK_K] of x in its dtype; zero outside."""
-    rows = tl.arange(0, ROWS)
-    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
-    cells = rows.to(tl.int64)[:, None] * width + columns[None, :]
-    return tl.load(x_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_last")
-
-
-@triton.jit
-def _inverse_rms(x_ptr, num_rows, width, eps, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[ROWS] fp32."""
-    squares = tl.zeros([ROWS, BLOCK_K], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        x = _load_rows(x_ptr, num_rows, width, start + tl.arange(0, BLOCK_K), ROWS).to(tl.float32)
-        squares += x * x
-    return tl.rsqrt(tl.sum(squares, 1) / width + eps)
-
-
-@triton.jit
-def _add_product(total, x, weight_ptr, outputs, num_outputs, width, columns):
-    """total + x @ weight[outputs, columns].T"""
-    inside = (outputs < num_outputs)[:, None] & (columns < width)[None, :]
-    cells = outputs.to(tl.int64)[:, None] * width + columns[None, :]
-    weight = tl.load(weight_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_first")
-    return tl.dot(x, tl.trans(weight.to(x.dtype)), total, input_precision="ieee")
+def _load_rows(ptr, rows, num_rows, width, columns, POLICY: tl.constexpr):
+    """columns: [warps, columns of each].  Returns [warps, rows, columns of each], as stored; zero outside."""
+    inside = (rows < num_rows)[None, :, None] & (columns < width)[:, None, :]
+    cells = rows.to(tl.int64)[None, :, None] * width + columns[:, None, :]
+    return tl.load(ptr + cells, mask=inside, other=0.0, eviction_policy=POLICY)
