@@ -74,7 +74,9 @@ def linear_decode(
     values, scale = weight if isinstance(weight, Int8Weight) else (weight, None)
     if norm is not None and len(x) > 1 and x.dtype == torch.float16:
         # Several rows are divided by their rms after the product, and before that fp16 may not hold them.
-        x, norm = rms_norm(x, *norm, residual=None, out=None), None
+        normed = rms_norm(x, *norm, residual=None, out=None)
+        assert isinstance(normed, torch.Tensor)
+        x, norm = normed, None
     norm_weight, eps = norm or (None, 0.0)
     num_outputs = len(values) // (2 if swiglu else 1)
     y = x.new_empty(len(x), num_outputs)
