@@ -4,8 +4,8 @@
     gate/up:  silu(g) * u,  [g | u] = W rms_norm(x)
 
 At these row counts the time is that of reading W once, so the rest must ride along: the norm is computed again by every
-thread block (a row is 8 kB and sits in L2), which costs less than a launch and a round trip of x, and for a single row
-is only divided by at the end, so that it delays no weight; SwiGLU and the residual are applied to the fp32 sums before
+thread block (a row is 8 kB and sits in L2), which costs less than a launch and a round trip of x, and is divided by at
+the end, so that it delays no weight; SwiGLU and the residual are applied to the fp32 sums before
 their only rounding. Five launches make a layer instead of two dozen.
 That is so up to 16 rows. Above, and where a card is known to be faster so (`tuned`), cuBLAS multiplies between launches
 of their own; int8 goes 16 rows at a time up to 64, and then as numbers of the rows' dtype to cuBLAS as well.

@@ -64,6 +64,7 @@ def launch_all() -> None:
         launch_head_argmax(rows)
         launch_norm_rope_append(rows)
         launch_paged_attention(rows)
+    launch_linear_decode_of_fp32()
 
 
 def launch_begin_step(rows: int) -> None:
@@ -91,11 +92,12 @@ def launch_latent_projector() -> None:
     gpu.backward(meta(64, FEATURES), z, weights, kept, 0.1, seed=0)
 
 
-def weights(outputs: int, width: int) -> list[Any]:
+def weights(outputs: int, width: int, dtype: torch.dtype = torch.bfloat16) -> list[Any]:
+    """One of this dtype, one of int8."""
     from vitalrt_kernels.linear_decode import Int8Weight
 
     int8 = Int8Weight(meta(outputs, width, dtype=torch.int8), meta(outputs, dtype=torch.float32))
-    return [meta(outputs, width), int8]
+    return [meta(outputs, width, dtype=dtype), int8]
 
 
 def launch_linear_decode(rows: int) -> None:
@@ -111,6 +113,16 @@ def launch_linear_decode(rows: int) -> None:
         gpu.linear_decode(meta(rows, d), weight, norm, None, swiglu=True)
     for weight in weights(d, INTERMEDIATE):
         gpu.linear_decode(meta(rows, INTERMEDIATE), weight, None, meta(rows, d), swiglu=False)
+
+
+def launch_linear_decode_of_fp32() -> None:
+    """Nothing that anybody serves, but the widest numbers there are."""
+    from vitalrt_kernels.gpu import linear_decode as gpu
+
+    x = meta(16, d, dtype=torch.float32)
+    for swiglu in (False, True):
+        for weight in weights(2 * INTERMEDIATE, d, torch.float32):
+            gpu.linear_decode(x, weight, None, None, swiglu)
 
 
 def launch_head_argmax(rows: int) -> None:
@@ -172,8 +184,10 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
 def read_block(options: dict[str, Any], named: dict[str, Any], grid: tuple[int, ...]) -> dict[str, Any]:
     """Of a kernel over weights: what a block does in a round, and how many blocks there are."""
     weight = named.get("weight_ptr", named.get("head_ptr"))
+    x = named.get("x_ptr", named.get("h_ptr"))
     matrices = 2 if options.get("SWIGLU") else 1
     return {
+        "x": str(x.dtype).removeprefix("torch."),
         "rows": options["ROWS"],
         "weight": str(weight.dtype).removeprefix("torch."),
         "bytes_a_round": options["BLOCK_N"] * options["BLOCK_K"] * weight.itemsize * matrices,

@@ -54,6 +54,18 @@ def test_kernel(stage, dtype, shape, int8, device, assert_close) -> None:
     assert_close("linear_decode", actual, linear_decode_reference(exact["x"], exact_weight, *options(exact, stage)))
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_norm_of_what_fp16_cannot_hold_times_its_weight(rows: int, device: str, assert_close) -> None:
+    from vitalrt_kernels.gpu import linear_decode as gpu
+
+    torch.manual_seed(0)
+    x, weight = (3e4 * torch.rand(rows, 64)).to(device, torch.float16), torch.randn(9, 64).to(device, torch.float16)
+    norm = torch.full((64,), 8.0, dtype=torch.float16, device=device)
+    actual = gpu.linear_decode(x, weight, Norm(norm, 1e-6), None, False)
+    expected = linear_decode_reference(x.double(), weight.double(), Norm(norm.double(), 1e-6))
+    assert_close("linear_decode", actual, expected)
+
+
 def test_reference_is_the_decoders() -> None:
     torch.manual_seed(0)
     x, residual = torch.randn(3, 24), torch.randn(3, 10)

@@ -65,7 +65,14 @@ def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dt
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("lengths", "heads"),
-    [([1], (8, 2, 16)), ([257], (4, 1, 128)), ([5, 0, 131, 64], (6, 2, 24)), ([65, 3], (3, 3, 10)), ([90], (34, 2, 8))],
+    [
+        ([1], (8, 2, 16)),
+        ([257], (4, 1, 128)),
+        ([5, 0, 131, 64], (6, 2, 24)),
+        ([65, 3], (3, 3, 10)),
+        ([90], (34, 2, 8)),
+        ([66], (32, 2, 8)),
+    ],
 )
 def test_kernel_that_appends(dtype, lengths, heads, device, assert_close) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu import linear_decode
 from vitalrt_kernels.gpu.overlap import overlap_options
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.gpu.tickets import is_last_block
@@ -53,11 +54,9 @@ def _head_argmax_kernel(
         tl.store(token_ptr + rows, token.to(tl.int64), mask=rows < num_rows)
 
 
-def default_tile(num_rows: int, weight: torch.Tensor) -> Tile:
-    """By the same reasoning as linear_decode's."""
-    if num_rows == 1:
-        return Tile(8, 2048, stages=1, warps=8)
-    return Tile(32, 512 // weight.itemsize, stages=3, warps=8)
+def default_tile(h: torch.Tensor, head: torch.Tensor) -> Tile:
+    """Wide for one row, so that fewer blocks have a slice of their own to hand in."""
+    return Tile(8, 2048, stages=1, warps=8) if len(h) == 1 else linear_decode.default_tile(h, head, swiglu=False)
 
 
 def head_argmax(
@@ -69,7 +68,7 @@ def head_argmax(
 ) -> None:
     """Into tokens, [M].  tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
-    tile = tile or tuned_tile(len(h), values) or default_tile(len(h), values)
+    tile = tile or tuned_tile(len(h), values) or default_tile(h, values)
     of_tile = options(len(h), tile)
     num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)

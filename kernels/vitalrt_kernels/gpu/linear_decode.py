@@ -45,7 +45,7 @@ def _linear_decode_kernel(
     tl.store(y_ptr + cells, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def default_tile(num_rows: int, swiglu: bool, weight: torch.Tensor) -> Tile:
+def default_tile(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tile:
     """weight: as stored. All blocks that fit, or that there are, have 30 kB or more on their way to each SM of an H200.
 
     One row: where there are few outputs (O, down), so few blocks, they are wider. Bytes leave time for few
@@ -53,10 +53,12 @@ def default_tile(num_rows: int, swiglu: bool, weight: torch.Tensor) -> Tile:
     More rows: each block reads all of x from L2, which for 16 rows is as much as 16 rows of weights: it has 32 or more.
     """
     itemsize = weight.itemsize
-    if num_rows == 1:
+    if len(x) == 1:
         columns = (2048 if len(weight) <= FEW_OUTPUTS else 1024) // itemsize
         outputs = (8 if itemsize == 1 else 4) // (2 if swiglu else 1)
         return Tile(outputs, columns, stages=1, warps=max(1, columns // 256))
+    if x.dtype == torch.float32:  # what int8 becomes as well: little more would fit into shared memory
+        return Tile(32, 128, stages=2, warps=8)
     if swiglu and itemsize == 1:
         return Tile(32, 256, stages=4, warps=8)
     return Tile(32, 512 // itemsize, stages=3, warps=8)
@@ -81,7 +83,7 @@ def linear_decode(
     num_outputs = len(values) // (2 if swiglu else 1)
     y = x.new_empty(len(x), num_outputs)
     if y.numel():
-        tile = tile or tuned_tile(len(x), values) or default_tile(len(x), swiglu, values)
+        tile = tile or tuned_tile(len(x), values) or default_tile(x, values, swiglu)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
             **options(len(x), tile), **overlap_options(x),

@@ -19,7 +19,7 @@ BLOCK_L = 64
 MIN_GROUP = 16  # rows of a tensor core product; smaller groups are padded
 MAX_SPLITS = 32
 TARGET_BLOCKS = 264  # two per multiprocessor of an H200
-PART_CELLS = 4096  # of other splits, held in registers at once while combining
+PART_CELLS = 8192  # of splits, held in registers at once while combining: 16 splits of 4 heads of 128
 
 
 @triton.jit
@@ -53,6 +53,38 @@ def _attend(q, keys, values, is_context, scale, largest, total, out):
     total = total * shrink + tl.sum(weights, 1)
     out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
     return new_largest, total, out
+
+
+@triton.jit
+def _combined(
+    part_ptr, part_max_ptr, part_sum_ptr, first, num_splits, group, head_dim,
+    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """[MEMBERS, BLOCK_D] fp32 of splits first .. first + num_splits - 1; zeros if these have seen nothing.
+
+    All that some splits have left is asked for before any of it is needed: one trip to L2.
+    """
+    head = tl.arange(0, MEMBERS)
+    i = tl.arange(0, BLOCK_D)
+    largest = tl.full([MEMBERS], -1e30, tl.float32)
+    total = tl.zeros([MEMBERS], tl.float32)
+    out = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
+    for start in range(0, num_splits, SPLITS_AT_ONCE):
+        split = start + tl.arange(0, SPLITS_AT_ONCE)[:, None]
+        is_part = (split < num_splits) & (head < group)[None, :]
+        parts = (first + split) * group + head[None, :]
+        maxima = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
+        sums = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
+        cells = parts[:, :, None] * head_dim + i[None, None, :]
+        is_cell = is_part[:, :, None] & (i < head_dim)[None, None, :]
+        outs = tl.load(part_ptr + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
+        new_largest = tl.maximum(largest, tl.max(maxima, 0))
+        share = tl.exp2(maxima - new_largest[None, :])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(sums * share, 0)
+        out = out * shrink[:, None] + tl.sum(outs * share[:, :, None], 0)
+        largest = new_largest
+    return out / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
@@ -94,21 +126,21 @@ def _paged_attention_kernel(
         in_group = (member < group)[:, None] & in_head[None, :]
         if APPENDS:
             place = tl.load(positions_ptr + row, cache_modifier=".cg")
+            last = tl.maximum(length - 1, 0)
+            new_page = tl.load(pages_ptr + last // PAGE_SIZE, cache_modifier=".cg").to(tl.int64)
             wait_for_previous(OVERLAPS)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
-            q = load_turned(qkv_ptr, norm_ptr, heads, member < group, place, frequency_ptr, eps, head_dim, BLOCK_D)
-            one = tl.arange(0, 1)
-            k_head = num_kv_heads * group + kv_head + one
-            new_key = load_turned(qkv_ptr, norm_ptr, k_head, one == 0, place, frequency_ptr, eps, head_dim, BLOCK_D)
-            v_cells = (k_head + num_kv_heads)[:, None] * head_dim + i[None, :]
-            new_value = tl.load(qkv_ptr + v_cells, mask=in_head[None, :], other=0.0)
+            k_head = num_kv_heads * group + kv_head
+            new_value = tl.load(qkv_ptr + (k_head + num_kv_heads) * head_dim + i, mask=in_head, other=0.0)
+            # The key is turned as one head more, or q and k would be two trips to memory.
+            heads = tl.where(member < group, heads, k_head)
+            q = load_turned(qkv_ptr, norm_ptr, heads, member <= group, place, frequency_ptr, eps, head_dim, BLOCK_D)
+            new_key = tl.sum(tl.where((member == group)[:, None], q, 0.0), 0).to(q.dtype)
             if (first < stop) & (stop == length):  # one split, and none where the row is idle
-                last = length - 1
-                page = tl.load(pages_ptr + last // PAGE_SIZE).to(tl.int64)
-                new_slot = page * PAGE_SIZE + last % PAGE_SIZE
-                new_cells = (new_slot * num_kv_heads + kv_head + one)[:, None] * head_dim + i[None, :]
-                tl.store(k_ptr + new_cells, new_key, mask=in_head[None, :])
-                tl.store(v_ptr + new_cells, new_value, mask=in_head[None, :])
+                new_slot = new_page * PAGE_SIZE + last % PAGE_SIZE
+                new_cells = (new_slot * num_kv_heads + kv_head) * head_dim + i
+                tl.store(k_ptr + new_cells, new_key, mask=in_head)
+                tl.store(v_ptr + new_cells, new_value, mask=in_head)
         else:
             q_cells = (row * num_kv_heads * group + heads)[:, None] * head_dim + i[None, :]
             q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
@@ -125,8 +157,8 @@ def _paged_attention_kernel(
             position = start + tl.arange(0, BLOCK_L)
             if APPENDS:
                 is_new = (position == length - 1)[:, None]
-                keys = tl.where(is_new, new_key, keys)
-                values = tl.where(is_new, new_value, values)
+                keys = tl.where(is_new, new_key[None, :], keys)
+                values = tl.where(is_new, new_value[None, :], values)
             largest, total, out = _attend(q, keys, values, position < stop, scale, largest, total, out)
 
         pair = row * num_kv_heads + kv_head
@@ -135,31 +167,14 @@ def _paged_attention_kernel(
         tl.store(part_sum_ptr + part, total, mask=member < group)
         tl.store(part_ptr + part[:, None] * head_dim + i[None, :], out, mask=in_group)
         if is_last_block(tickets_ptr + pair, num_splits):
+            whole = _combined(
+                part_ptr, part_max_ptr, part_sum_ptr, pair * SPLITS, num_splits, group, head_dim,
+                MEMBERS, BLOCK_D, SPLITS_AT_ONCE,
+            )  # fmt: skip
             head = tl.arange(0, MEMBERS)
-            is_head = (head < group)[None, :]
-            splits = tl.arange(0, SPLITS)[:, None]
-            parts = (pair * SPLITS + splits) * group + head[None, :]
-            is_part = is_head & (splits < num_splits)
-            maxima = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
-            sums = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
-            top = tl.max(maxima, 0)
-            weight = tl.sum(sums * tl.exp2(maxima - top[None, :]), 0)
-            combined = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
-            # Unrolled, several splits at a time: one after the other would cost a trip to L2 each.
-            for first_of_some in tl.static_range(0, SPLITS, SPLITS_AT_ONCE):
-                some = first_of_some + tl.arange(0, SPLITS_AT_ONCE)[:, None]
-                is_some = is_head & (some < num_splits)
-                some_parts = (pair * SPLITS + some) * group + head[None, :]
-                some_maxima = tl.load(part_max_ptr + some_parts, mask=is_some, other=-1e30, cache_modifier=".cg")
-                share = tl.exp2(some_maxima - top[None, :])
-                cells = some_parts[:, :, None] * head_dim + i[None, None, :]
-                is_cell = is_some[:, :, None] & in_head[None, None, :]
-                some_out = tl.load(part_ptr + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
-                combined += tl.sum(some_out * share[:, :, None], 0)
-            combined /= tl.where(weight > 0, weight, 1.0)[:, None]  # an empty context gives zeros
             out_cells = (pair * group + head)[:, None] * head_dim + i[None, :]
             is_out = (head < group)[:, None] & in_head[None, :]
-            tl.store(out_ptr + out_cells, combined.to(out_ptr.dtype.element_ty), mask=is_out)
+            tl.store(out_ptr + out_cells, whole.to(out_ptr.dtype.element_ty), mask=is_out)
 
 
 def paged_attention(
@@ -185,6 +200,7 @@ def paged_attention(
         return out
     splits = num_splits(batch * num_kv_heads, pages.shape[1] * page_size)
     members = triton.next_power_of_2(group)
+    rows = triton.next_power_of_2(group + (append is not None))  # the new key is one of them
     block_d = max(16, triton.next_power_of_2(head_dim))
     parts = (batch, num_kv_heads, splits, group)
     part = q.new_empty(*parts, head_dim, dtype=torch.float32)
@@ -192,7 +208,7 @@ def paged_attention(
     _paged_attention_kernel[(batch, num_kv_heads, splits)](
         q, norm_weight, positions, frequencies, eps, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum,
         tickets, num_kv_heads, group, head_dim, pages.shape[1], 1.4426950408889634 * head_dim**-0.5,
-        PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d,
+        PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, rows), MEMBERS=members, BLOCK_D=block_d,
         BLOCK_L=BLOCK_L, SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=4,
         num_stages=2, **overlap_options(q),
     )  # fmt: skip
