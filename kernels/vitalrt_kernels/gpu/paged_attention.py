@@ -131,7 +131,8 @@ def _paged_attention_kernel(
             wait_for_previous(OVERLAPS)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
             k_head = num_kv_heads * group + kv_head
-            new_value = tl.load(qkv_ptr + (k_head + num_kv_heads) * head_dim + i, mask=in_head, other=0.0)
+            v_cells = ((k_head + num_kv_heads) * head_dim + i)[None, :]
+            new_value = tl.load(qkv_ptr + v_cells, mask=in_head[None, :], other=0.0)
             # The key is turned as one head more, or q and k would be two trips to memory.
             heads = tl.where(member < group, heads, k_head)
             q = load_turned(qkv_ptr, norm_ptr, heads, member <= group, place, frequency_ptr, eps, head_dim, BLOCK_D)
@@ -140,7 +141,7 @@ def _paged_attention_kernel(
                 new_slot = new_page * PAGE_SIZE + last % PAGE_SIZE
                 new_cells = (new_slot * num_kv_heads + kv_head) * head_dim + i
                 tl.store(k_ptr + new_cells, new_key, mask=in_head)
-                tl.store(v_ptr + new_cells, new_value, mask=in_head)
+                tl.store(v_ptr + new_cells[None, :], new_value, mask=in_head[None, :])
         else:
             q_cells = (row * num_kv_heads * group + heads)[:, None] * head_dim + i[None, :]
             q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
@@ -158,7 +159,7 @@ def _paged_attention_kernel(
             if APPENDS:
                 is_new = (position == length - 1)[:, None]
                 keys = tl.where(is_new, new_key[None, :], keys)
-                values = tl.where(is_new, new_value[None, :], values)
+                values = tl.where(is_new, new_value, values)
             largest, total, out = _attend(q, keys, values, position < stop, scale, largest, total, out)
 
         pair = row * num_kv_heads + kv_head
