@@ -19,14 +19,14 @@ SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in r
 def _head_argmax_kernel(
     h_ptr, head_ptr, scale_ptr, best_ptr, best_id_ptr, ticket_ptr, token_ptr, num_rows, vocab, width,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    WARPS: tl.constexpr, SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
+    WARPS: tl.constexpr, FETCHED: tl.constexpr, SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     first = tl.program_id(0) * BLOCK_N
     ids = first + tl.arange(0, BLOCK_N)
     logits, _ = times_weight(
         h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES, WARPS,
-        OVERLAPS,
+        FETCHED, OVERLAPS,
     )  # fmt: skip
     if scale_ptr is not None:
         logits *= tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
@@ -69,7 +69,7 @@ def head_argmax(
     """Into tokens, [M].  tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
     tile = tile or tuned_tile(len(h), values) or default_tile(h, values)
-    of_tile = options(len(h), tile)
+    of_tile = options(len(h), values, tile)
     num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)
     best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)

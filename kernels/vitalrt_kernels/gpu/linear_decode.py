@@ -6,19 +6,18 @@ import triton.language as tl
 
 from vitalrt_kernels.gpu.overlap import overlap_options
 from vitalrt_kernels.gpu.rms_norm import rms_norm
-from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
+from vitalrt_kernels.gpu.rows_times_weight import FEW_OUTPUTS, options, times_weight
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
 BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}  # bytes count more: default_tile
-FEW_OUTPUTS = 4096
 
 
 @triton.jit
 def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr, FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up."""
     first = tl.program_id(0) * BLOCK_N
@@ -28,7 +27,7 @@ def _linear_decode_kernel(
         up_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
     y, up = times_weight(
         x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
-        STAGES, WARPS, OVERLAPS,
+        STAGES, WARPS, FETCHED, OVERLAPS,
     )  # fmt: skip
     is_output = outputs < num_outputs
     if scale_ptr is not None:
@@ -86,6 +85,6 @@ def linear_decode(
         tile = tile or tuned_tile(len(x), values) or default_tile(x, values, swiglu)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
-            **options(len(x), tile), **overlap_options(x),
+            **options(len(x), values, tile), **overlap_options(x),
         )  # fmt: skip
     return y

@@ -14,8 +14,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 OLDEST_CAPABILITY = (9, 0)
-FETCHED_COLUMNS = tl.constexpr(1024)  # of each row of a weight that a block has: 2 kB in bf16
-LINE_BITS = tl.constexpr(1024)  # of L2
+LINE = tl.constexpr(128)  # bytes of L2
 
 
 @functools.cache
@@ -38,12 +37,12 @@ def wait_for_previous(OVERLAPS: tl.constexpr):
 
 
 @triton.jit
-def fetch_rows(weight_ptr, rows, num_rows, width, OVERLAPS: tl.constexpr):
-    """Ask for the first FETCHED_COLUMNS of these rows of a weight to be brought to L2, and wait for nothing."""
+def fetch_rows(weight_ptr, rows, num_rows, width, BYTES: tl.constexpr, OVERLAPS: tl.constexpr):
+    """Ask for the first BYTES of each of these rows of a weight to be brought to L2, and wait for nothing."""
     if OVERLAPS:
-        LINE: tl.constexpr = LINE_BITS // weight_ptr.dtype.element_ty.primitive_bitwidth
+        COLUMNS: tl.constexpr = LINE * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
         inside = tl.minimum(rows, num_rows - 1).to(tl.int64)
-        columns = tl.minimum(tl.arange(0, FETCHED_COLUMNS // LINE) * LINE, width - 1)
+        columns = tl.minimum(tl.arange(0, BYTES // LINE) * COLUMNS, width - 1)
         lines = weight_ptr + inside[:, None] * width + columns[None, :]
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1

@@ -3,6 +3,7 @@
 The weight is read once and never again: evict_first keeps the rows in L2 instead.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -11,25 +12,33 @@ from vitalrt_kernels.gpu.widen import as_fp32
 from vitalrt_kernels.linear_decode import MAX_ROWS
 from vitalrt_kernels.tuned import Tile
 
+FEW_OUTPUTS = 4096
 
-def options(num_rows: int, tile: Tile) -> dict[str, int]:
-    """What a kernel over times_weight is launched with."""
-    return {"ROWS": 1 if num_rows == 1 else MAX_ROWS, **tile.options()}
+
+def options(num_rows: int, weight: torch.Tensor, tile: Tile) -> dict[str, int]:
+    """What a kernel over times_weight is launched with.
+
+    FETCHED: bytes of each of a weight's rows, before the launch before has ended. More where there are few: before O
+    stands attention, which waits for memory but does not fill it, and in its time 16 MB can come.
+    """
+    fetched = 4096 if len(weight) <= FEW_OUTPUTS else 2048
+    return {"ROWS": 1 if num_rows == 1 else MAX_ROWS, "FETCHED": fetched, **tile.options()}
 
 
 @triton.jit
 def times_weight(
     x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, FETCHED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Rows, normed where there is a norm, times rows first .. first + BLOCK_N - 1 of the weight, and of `up`, or None.
 
     Waits for the launch before, which makes x. Returns two [ROWS, BLOCK_N] fp32, the same one twice without `up`.
     """
     outputs = first + tl.arange(0, BLOCK_N)
-    fetch_rows(weight_ptr, outputs, num_outputs, width, OVERLAPS)
+    fetch_rows(weight_ptr, outputs, num_outputs, width, FETCHED, OVERLAPS)
     if up_ptr is not None:
-        fetch_rows(up_ptr, outputs, num_outputs, width, OVERLAPS)
+        fetch_rows(up_ptr, outputs, num_outputs, width, FETCHED, OVERLAPS)
     if ROWS == 1:
         return _one_row(x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K, OVERLAPS)
     else:
