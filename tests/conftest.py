@@ -20,7 +20,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, which transformers does
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported, which transformers does
 
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.utils import logging
@@ -212,6 +212,10 @@ def random_changes(seed: int) -> dict[str, Any]:
         "vision_deepstack_visual_indexes": draw.sample(range(depth), draw.randint(0, depth)),
         "tie_word_embeddings": draw.random() < 0.5,
     }
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
 @pytest.fixture(scope="session", autouse=True)

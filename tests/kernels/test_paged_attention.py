@@ -33,11 +33,10 @@ def random_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dt
     ("lengths", "heads"),
     [([1], (8, 2, 16)), ([257], (4, 1, 128)), ([5, 0, 131, 64], (6, 2, 24)), ([67, 3], (3, 3, 10)), ([90], (34, 2, 8))],
 )
-def test_kernel(dtype, lengths, heads, device, assert_close, monkeypatch) -> None:
+def test_kernel(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wrong, monkeypatch) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
 
-    if dtype == torch.bfloat16 and device == "cpu":
-        pytest.skip("the interpreter's bf16 tl.dot is wrong")
+    skip_if_dot_is_wrong(dtype)
     monkeypatch.setattr(gpu, "PART_CELLS", 128)  # so that a short context is combined in several rounds
     case = random_case(lengths, *heads, dtype, device)
     tickets = new_tickets(len(lengths) * heads[1], device)
@@ -74,11 +73,10 @@ def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dt
         ([66], (32, 2, 8)),
     ],
 )
-def test_kernel_that_appends(dtype, lengths, heads, device, assert_close) -> None:
+def test_kernel_that_appends(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wrong) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
 
-    if dtype == torch.bfloat16 and device == "cpu":
-        pytest.skip("the interpreter's bf16 tl.dot is wrong")
+    skip_if_dot_is_wrong(dtype)
     case, append = append_case(lengths, *heads, dtype, device)
     exact = [x.double() if x.is_floating_point() else x for x in case[:5]]
     expected = paged_attention_reference(*exact, PAGE, append._replace(norm_weight=append.norm_weight.double()))
