@@ -34,7 +34,7 @@ def head_argmax(
     h: torch.Tensor, head: torch.Tensor | Int8Weight, tickets: torch.Tensor, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """h: [M, d], after the final norm.  head: [N, d] of its dtype, or int8.  All contiguous.
-    Where launches overlap, head is read before the launch before has ended: that one may not write it.
+    Where launches overlap, head is read before the launch before has ended: none in flight may write it.
 
     tickets: [at least 1], from tickets.new_tickets.  Returns [M] int64, out where it is given: the lowest id of the
     largest logit; a NaN counts as largest. Above 16 rows (int8: 64), and where `tuned` says so, the logits are written

@@ -5,8 +5,9 @@
 
 At these row counts the time is that of reading W once, so the rest must ride along: the norm is computed again by every
 thread block (a row is 8 kB and sits in L2), which costs less than a launch and a round trip of x, and is divided by at
-the end, so that it delays no weight; SwiGLU and the residual are applied to the fp32 sums before
-their only rounding. Five launches make a layer instead of two dozen.
+the end, so that it delays no weight (several rows in fp16, which may not hold what is not divided yet, are normed by a
+launch of their own); SwiGLU and the residual are applied to the fp32 sums before their only rounding. Five launches
+make a layer instead of two dozen.
 That is so up to 16 rows. Above, and where a card is known to be faster so (`tuned`), cuBLAS multiplies between launches
 of their own; int8 goes 16 rows at a time up to 64, and then as numbers of the rows' dtype to cuBLAS as well.
 
@@ -110,7 +111,7 @@ def linear_decode(
     """x: [M, d].  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
 
     norm: RMSNorm of x first (as rms_norm).  swiglu: weight is [gate | up] and the result has N / 2 columns.
-    Where launches overlap, weight is read before the launch before has ended: that one may not write it.
+    Where launches overlap, weight is read before the launch before has ended: none in flight may write it.
     Returns [M, N].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """

@@ -24,8 +24,8 @@ class Tile(NamedTuple):
     """What a thread block does at once: outputs x columns of a weight, in `warps` warps.
 
     Of one row, columns are 256 for each warp, or more, and stages is 1: weights go to registers. Of several, each warp
-    has an equal share of the columns, 16 or more (int8: 32), and stages is how many such pieces are on their way
-    through shared memory.
+    has an equal share of the columns, 16 or more, and stages is how many such pieces are on their way through shared
+    memory.
     """
 
     outputs: int

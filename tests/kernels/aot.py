@@ -161,12 +161,15 @@ def _say(tool: str, *arguments: str) -> str:
 def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
     """Before it waits for the launch before, and in its loops over weights, if it has any."""
     before, waits, _ = code.partition(WAIT)
-    accesses = [each for each in instructions(before) if each.is_global_access and not is_of_weights(each)]
+    accesses = [each for each in instructions(before) if each.is_global_access]
+    if "BLOCK_N" in options:  # weights may be touched
+        accesses = [each for each in accesses if not is_of_weights(each)]
     over_weights = [loop for loop in loops(code) if any(map(is_of_weights, loop))]
     read: dict[str, Any] = {
         "waits": bool(waits),
         "accesses_before": len(accesses),
         "loads_from_l2_before": sum("LDG" in each.opcode and "STRONG.GPU" in each.opcode for each in accesses),
+        "loads_before": sum(each.kind == "LDG" for each in accesses),
         "fetches_before": before.count(FETCH),
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,
     }
@@ -190,6 +193,7 @@ def read_block(options: dict[str, Any], named: dict[str, Any], grid: tuple[int, 
         "x": str(x.dtype).removeprefix("torch."),
         "rows": options["ROWS"],
         "weight": str(weight.dtype).removeprefix("torch."),
+        "fetched": options["BLOCK_N"] * options["FETCHED"] * matrices,
         "bytes_a_round": options["BLOCK_N"] * options["BLOCK_K"] * weight.itemsize * matrices,
         "stages": options["STAGES"],
         "blocks": grid[0],
@@ -218,7 +222,7 @@ def main(capabilities: list[int]) -> None:
             usage, code = _say("cuobjdump", "-res-usage", cubin.name), _say("nvdisasm", cubin.name)
         rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
         rows[-1] |= read_code(code, options)
-        rows[-1] |= {"appends": named.get("norm_ptr") is not None}
+        rows[-1] |= {"appends": named.get("norm_ptr") is not None, "splits_at_once": options.get("SPLITS_AT_ONCE")}
         if "BLOCK_N" in options:
             rows[-1] |= read_block(options, named, grid)
 

@@ -24,12 +24,14 @@ def _head_argmax_kernel(
     rows = tl.arange(0, ROWS)
     first = tl.program_id(0) * BLOCK_N
     ids = first + tl.arange(0, BLOCK_N)
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
     logits, _ = times_weight(
         h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES, WARPS,
         FETCHED, OVERLAPS,
     )  # fmt: skip
     if scale_ptr is not None:
-        logits *= tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
+        logits *= scale
     logits = logits.to(h_ptr.dtype.element_ty).to(tl.float32)
     logits = tl.where(logits != logits, float("inf"), logits)
     logits = tl.where((ids < vocab)[None, :], logits, float("-inf"))

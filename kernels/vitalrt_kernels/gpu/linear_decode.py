@@ -10,7 +10,7 @@ from vitalrt_kernels.gpu.rows_times_weight import FEW_OUTPUTS, options, times_we
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
-BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}  # bytes count more: default_tile
+BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}
 
 
 @triton.jit
@@ -25,16 +25,20 @@ def _linear_decode_kernel(
     up_ptr = None
     if SWIGLU:
         up_ptr = weight_ptr + tl.cast(num_outputs, tl.int64) * width
+    is_output = outputs < num_outputs
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + outputs, mask=is_output, other=0.0)[None, :]
+        if SWIGLU:
+            up_scale = tl.load(scale_ptr + num_outputs + outputs, mask=is_output, other=0.0)[None, :]
     y, up = times_weight(
         x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
         STAGES, WARPS, FETCHED, OVERLAPS,
     )  # fmt: skip
-    is_output = outputs < num_outputs
     if scale_ptr is not None:
-        y *= tl.load(scale_ptr + outputs, mask=is_output, other=0.0)[None, :]
+        y *= scale
+        if SWIGLU:
+            up *= up_scale
     if SWIGLU:
-        if scale_ptr is not None:
-            up *= tl.load(scale_ptr + num_outputs + outputs, mask=is_output, other=0.0)[None, :]
         y = y * tl.sigmoid(y) * up
     rows = tl.arange(0, ROWS)
     inside = (rows < num_rows)[:, None] & is_output[None, :]
@@ -45,18 +49,20 @@ def _linear_decode_kernel(
 
 
 def default_tile(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tile:
-    """weight: as stored. All blocks that fit, or that there are, have 30 kB or more on their way to each SM of an H200.
+    """weight: as stored. What counts is bytes on their way: at the shapes of Qwen3-VL-8B, 30 kB or more to each
+    multiprocessor of an H200, of all blocks that fit, or that there are.
 
     One row: where there are few outputs (O, down), so few blocks, they are wider. Bytes leave time for few
     instructions, so that what is done to x has to serve more outputs.
-    More rows: each block reads all of x from L2, which for 16 rows is as much as 16 rows of weights: it has 32 or more.
+    More rows: each block reads all of x from L2, which for 16 rows is as much as 16 rows of weights in 16 bits; so it
+    has 32 or more.
     """
     itemsize = weight.itemsize
     if len(x) == 1:
         columns = (2048 if len(weight) <= FEW_OUTPUTS else 1024) // itemsize
         outputs = (8 if itemsize == 1 else 4) // (2 if swiglu else 1)
         return Tile(outputs, columns, stages=1, warps=max(1, columns // 256))
-    if x.dtype == torch.float32:  # what int8 becomes as well: little more would fit into shared memory
+    if x.dtype == torch.float32:  # served by nobody; a wider one with SwiGLU fits not everywhere
         return Tile(32, 128, stages=2, warps=8)
     if swiglu and itemsize == 1:
         return Tile(32, 256, stages=4, warps=8)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vitalrt_kernels.gpu.norm_rope import load_turned
-from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import fetch_rows, overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.paged_attention import Append
 
@@ -18,6 +18,7 @@ BLOCKS_PER_SM = {"_paged_attention_kernel": 2}
 BLOCK_L = 64
 MIN_GROUP = 16  # rows of a tensor core product; smaller groups are padded
 MAX_SPLITS = 32
+NORM_BYTES = tl.constexpr(256)  # of each head's
 TARGET_BLOCKS = 264  # two per multiprocessor of an H200
 PART_CELLS = 8192  # of splits, held in registers at once while combining: 16 splits of 4 heads of 128
 
@@ -62,7 +63,7 @@ def _combined(
 ):  # fmt: skip
     """[MEMBERS, BLOCK_D] fp32 of splits first .. first + num_splits - 1; zeros if these have seen nothing.
 
-    All that some splits have left is asked for before any of it is needed: one trip to L2.
+    Up to SPLITS_AT_ONCE are asked for together, not one after the other, each a trip to L2.
     """
     head = tl.arange(0, MEMBERS)
     i = tl.arange(0, BLOCK_D)
@@ -127,18 +128,19 @@ def _paged_attention_kernel(
         if APPENDS:
             place = tl.load(positions_ptr + row, cache_modifier=".cg")
             last = tl.maximum(length - 1, 0)
-            new_page = tl.load(pages_ptr + last // PAGE_SIZE, cache_modifier=".cg").to(tl.int64)
+            new_page = tl.load(pages_ptr + last // PAGE_SIZE, mask=length > 0, other=0, cache_modifier=".cg")
+            heads = tl.where(member < group, heads, num_kv_heads * group + kv_head)  # the new key is one of them
+            fetch_rows(norm_ptr, heads, (group + 1) * num_kv_heads, head_dim, NORM_BYTES, OVERLAPS)
             wait_for_previous(OVERLAPS)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
             k_head = num_kv_heads * group + kv_head
             v_cells = ((k_head + num_kv_heads) * head_dim + i)[None, :]
             new_value = tl.load(qkv_ptr + v_cells, mask=in_head[None, :], other=0.0)
-            # The key is turned as one head more, or q and k would be two trips to memory.
-            heads = tl.where(member < group, heads, k_head)
+            # At once, or q and k would be two trips to memory.
             q = load_turned(qkv_ptr, norm_ptr, heads, member <= group, place, frequency_ptr, eps, head_dim, BLOCK_D)
             new_key = tl.sum(tl.where((member == group)[:, None], q, 0.0), 0).to(q.dtype)
             if (first < stop) & (stop == length):  # one split, and none where the row is idle
-                new_slot = new_page * PAGE_SIZE + last % PAGE_SIZE
+                new_slot = new_page.to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
                 new_cells = (new_slot * num_kv_heads + kv_head) * head_dim + i
                 tl.store(k_ptr + new_cells, new_key, mask=in_head)
                 tl.store(v_ptr + new_cells[None, :], new_value, mask=in_head[None, :])

@@ -12,14 +12,16 @@ from vitalrt_kernels.gpu.widen import as_fp32
 from vitalrt_kernels.linear_decode import MAX_ROWS
 from vitalrt_kernels.tuned import Tile
 
-FEW_OUTPUTS = 4096
+FEW_OUTPUTS = 4096  # of O, whose launch is the one that waits for attention, and of down
+NORM_BYTES = tl.constexpr(8192)  # of a norm's weight, which is fetched as weights are
 
 
 def options(num_rows: int, weight: torch.Tensor, tile: Tile) -> dict[str, int]:
     """What a kernel over times_weight is launched with.
 
     FETCHED: bytes of each of a weight's rows, before the launch before has ended. More where there are few: before O
-    stands attention, which waits for memory but does not fill it, and in its time 16 MB can come.
+    stands attention, which waits for memory but does not fill it, and of one row with a short context leaves room for
+    most of O's blocks beside its own.
     """
     fetched = 4096 if len(weight) <= FEW_OUTPUTS else 2048
     return {"ROWS": 1 if num_rows == 1 else MAX_ROWS, "FETCHED": fetched, **tile.options()}
@@ -39,6 +41,8 @@ def times_weight(
     fetch_rows(weight_ptr, outputs, num_outputs, width, FETCHED, OVERLAPS)
     if up_ptr is not None:
         fetch_rows(up_ptr, outputs, num_outputs, width, FETCHED, OVERLAPS)
+    if norm_ptr is not None:
+        fetch_rows(norm_ptr, tl.arange(0, 1), 1, width, NORM_BYTES, OVERLAPS)
     if ROWS == 1:
         return _one_row(x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K, OVERLAPS)
     else:
@@ -60,9 +64,10 @@ def _one_row(
     threads (see Tile). The sums are divided by the rms at the end, as the sum of squares comes out of the same loop:
     weights stream from the first moment.
 
-    Weights are asked for a round before they are used, the first before the launch before has ended. Left to itself,
-    the compiler moves a load down to where its numbers are needed, and there it waits for the one before. It does not
-    with bytes, and those, carried to the next round, would be unpacked into a register each.
+    Weights are asked for in the round before, the first before the launch before has ended. Where they are used in the
+    same round, the compiler moves each load down to where its numbers are needed, and there it waits for the one
+    before; carried over, they are asked for together and waited for once, while other warps multiply. It leaves bytes
+    together by itself, and those, carried over, would be unpacked into a register each.
     """
     IS_AHEAD: tl.constexpr = weight_ptr.dtype.element_ty != tl.int8
     outputs = tl.arange(0, BLOCK_N)[:, None]
