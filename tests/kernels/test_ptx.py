@@ -72,7 +72,7 @@ def test_threads_meet_at_a_barrier(ptx) -> None:
         ("mul.wide.u32 %rd2, %r1, 4;", "mul.wide.u32 %rd2, %r1, 8;", "outside of global memory"),
         ("add.s64 %rd3, %rd1, %rd2;", "add.s64 %rd3, %rd1, -4;", "outside of global memory"),
         ("shl.b32 %r3, %r1, 2;", "shl.b32 %r3, %r1, 16;", "outside of shared memory"),
-        ("shl.b32 %r3, %r1, 2;", "mov.b32 %r3, 0;", "race"),
+        ("shl.b32 %r3, %r1, 2;", "mov.b32 %r3, 0;", "two warps write"),
         ("xor.b32", "brev.b32", "no such instruction"),
     ],
 )

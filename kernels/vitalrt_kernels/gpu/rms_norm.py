@@ -7,7 +7,7 @@ import triton.language as tl
 from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 
 BLOCKS_PER_SM = {"_rms_norm_kernel": 4}
-NUM_WARPS = 8
+MAX_WARPS = 8
 
 
 @triton.jit
@@ -36,8 +36,10 @@ def rms_norm(
     normed = torch.empty_like(x) if out is None else out
     total = None if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
+    # Warps that hold the same numbers again would sum them in the same place, and their last bits may differ.
+    num_warps = max(1, min(MAX_WARPS, block // 32))
     if len(x):
         _rms_norm_kernel[(len(x),)](
-            x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=NUM_WARPS, **overlap_options(x)
+            x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=num_warps, **overlap_options(x)
         )
     return normed if total is None else (normed, total)
