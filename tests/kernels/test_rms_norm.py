@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 128), (3, 97), (2, 1), (5, 4096), (0, 8)])
+@pytest.mark.parametrize("shape", [(1, 128), (3, 97), (2, 1), (40, 48), (5, 4096), (0, 8)])
 @pytest.mark.parametrize("with_residual", [False, True])
 def test_kernel(dtype: torch.dtype, shape: tuple[int, int], with_residual: bool, device: str, assert_close) -> None:
     from vitalrt_kernels.gpu import rms_norm as gpu

@@ -6,11 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.row_warps import row_warps
 from vitalrt_kernels.latent_projector import ProjectorWeights, dropout_threshold
 
 BLOCKS_PER_SM = {"_layer_norm": 4, "_gelu_residual": 8, "_gelu_residual_backward": 8, "_layer_norm_backward": 1}
-NUM_WARPS = 8
-BACKWARD_WARPS = 16  # a row of two fp32 sums per column stays in registers
+MAX_WARPS = 8
+MAX_BACKWARD_WARPS = 16  # a row of two fp32 sums per column stays in registers
 GELU_BLOCK = 1024
 # Rows are shared out over this many blocks, each with its own partial sum of the weight gradients: no atomics, so the
 # same result every time.
@@ -174,7 +175,8 @@ def _normalise(
     mean, rstd = x.new_empty(2, len(x), dtype=torch.float32)
     if len(x):
         block = triton.next_power_of_2(x.shape[1])
-        _layer_norm[(len(x),)](x, weight, bias, y, mean, rstd, x.shape[1], eps, BLOCK=block, num_warps=NUM_WARPS)
+        num_warps = row_warps(block, MAX_WARPS)
+        _layer_norm[(len(x),)](x, weight, bias, y, mean, rstd, x.shape[1], eps, BLOCK=block, num_warps=num_warps)
     return y, mean, rstd
 
 
@@ -192,9 +194,10 @@ def _normalise_backward(
     num_rows, width = x.shape
     num_blocks = max(1, min(num_rows, MAX_BACKWARD_BLOCKS))
     grad_x = torch.empty_like(x)
+    block = triton.next_power_of_2(width)
     partial_weight, partial_bias = x.new_empty(2, num_blocks, width, dtype=torch.float32)
     _layer_norm_backward[(num_blocks,)](
         x, weight, bias, mean, rstd, grad_y, added, grad_x, y, partial_weight, partial_bias, num_rows, width,
-        BLOCK=triton.next_power_of_2(width), num_warps=BACKWARD_WARPS,
+        BLOCK=block, num_warps=row_warps(block, MAX_BACKWARD_WARPS),
     )  # fmt: skip
     return grad_x, partial_weight.sum(0).to(x.dtype), partial_bias.sum(0).to(x.dtype)

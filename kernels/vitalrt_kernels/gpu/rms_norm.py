@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.row_warps import row_warps
 
 BLOCKS_PER_SM = {"_rms_norm_kernel": 4}
 MAX_WARPS = 8
@@ -36,8 +37,7 @@ def rms_norm(
     normed = torch.empty_like(x) if out is None else out
     total = None if residual is None else torch.empty_like(x)
     block = triton.next_power_of_2(x.shape[1])
-    # Warps that hold the same numbers again would sum them in the same place, and their last bits may differ.
-    num_warps = max(1, min(MAX_WARPS, block // 32))
+    num_warps = row_warps(block, MAX_WARPS)
     if len(x):
         _rms_norm_kernel[(len(x),)](
             x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=num_warps, **overlap_options(x)
