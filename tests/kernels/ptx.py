@@ -11,11 +11,11 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from ptx_memory import Memory, PtxError, SharedMemory
+from ptx_program import Instruction, Program
 
 Array = np.ndarray
 WARP = 32
@@ -25,63 +25,6 @@ _TYPES = {
     "s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s8": np.int8, "u8": np.uint8, "b8": np.uint8,
     "f64": np.float64, "f32": np.float32, "f16": np.float16, "pred": np.bool_,
 }  # fmt: skip
-_REGISTERS = {"pred": np.bool_, "b16": np.uint16, "b32": np.uint32, "b64": np.uint64, "f32": np.uint32, "s8": np.uint8}
-_OPERAND = re.compile(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*")
-_STATEMENT = re.compile(r"(?:@(!?)(\S+)\s+)?([a-z][\w.:]*)\s*(.*)")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    guard: str | None
-    is_negated: bool
-    name: str
-    operands: tuple[str, ...]
-
-
-@dataclass
-class Program:
-    """params: names and types, in order.  registers: the type of each, by name or by what its name begins with."""
-
-    params: list[tuple[str, str]]
-    num_threads: int
-    instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)
-    registers: dict[str, Any] = field(default_factory=dict)
-
-
-def parse(text: str) -> Program:
-    text = re.sub(r"//[^\n]*", "", text)
-    body = text.partition(".visible .entry")[2]
-    params, _, body = body.partition(")")
-    found = re.findall(r"\.param \.(\w+)[^,\n]*?(\w+_param_\d+)", params)
-    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", body)
-    assert threads is not None
-    program = Program([(name, kind) for kind, name in found], int(threads[1]))
-    body = body[body.index("{") + 1 : body.rindex("}")]
-    body = body[: body.index("\t.section")] if "\t.section" in body else body
-    for line in body.splitlines():
-        _parse_line(line, program)
-    return program
-
-
-def _parse_line(line: str, program: Program) -> None:
-    for statement in re.split(r";|(?<=:)\s", line.strip() + " "):
-        statement = statement.strip()
-        if re.fullmatch(r"[{}\s]*", statement):
-            continue
-        if statement.startswith("{") and not statement.startswith("{%"):
-            statement = statement[1:].strip()
-        if declared := re.fullmatch(r"\.reg \.(\w+)\s+(.*)", statement):
-            for name in declared[2].split(","):
-                program.registers[name.split("<")[0].strip()] = _REGISTERS[declared[1]]
-        elif statement.endswith(":"):
-            program.labels[statement[:-1]] = len(program.instructions)
-        elif not statement.startswith("."):
-            parts = _STATEMENT.fullmatch(statement)
-            if parts is None:
-                raise PtxError(f"not understood: {line!r}")
-            operands = tuple(operand.strip() for operand in _OPERAND.findall(parts[4]))
-            program.instructions.append(Instruction(parts[2], parts[1] == "!", parts[3].rstrip("."), operands))
 
 
 def run(
@@ -155,11 +98,14 @@ class Block:
     def execute(self, instruction: Instruction, lanes: Array) -> None:
         name, *rest = instruction.name.split(".")
         operation = getattr(self, f"do_{name}", None)
-        if operation is None:
+        if operation is None and name not in _OF_EACH:
             raise PtxError(f"no such instruction here: {instruction.name}")
         try:
             with np.errstate(all="ignore"):
-                operation(lanes, rest, *instruction.operands)
+                if operation is None:
+                    self._compute(_OF_EACH[name], lanes, rest, *instruction.operands)
+                else:
+                    operation(lanes, rest, *instruction.operands)
         except PtxError as error:
             raise PtxError(f"{error} ({instruction.name} {', '.join(instruction.operands)})") from None
 
@@ -248,33 +194,6 @@ class Block:
         others = [self.read(each, kind, lanes) for each in a[:-1]]
         self.write_as(target, compute(*others, self.read(a[-1], of_last, lanes)), of_last, lanes)
 
-    def do_add(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.add, lanes, rest, *operands)
-
-    def do_sub(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.subtract, lanes, rest, *operands)
-
-    def do_min(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(lambda *a: functools.reduce(np.fmin, a), lanes, rest, *operands)
-
-    def do_max(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(lambda *a: functools.reduce(np.fmax, a), lanes, rest, *operands)
-
-    def do_and(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.bitwise_and, lanes, rest, *operands)
-
-    def do_or(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.bitwise_or, lanes, rest, *operands)
-
-    def do_xor(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.bitwise_xor, lanes, rest, *operands)
-
-    def do_div(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        def divide(a: Array, b: Array) -> Array:
-            return a / b if a.dtype.kind == "f" else np.trunc(a / b).astype(a.dtype)
-
-        self._compute(divide, lanes, rest, *operands)
-
     def do_mul(self, lanes: Array, rest: list[str], *operands: str) -> None:
         if rest[0] in ("wide", "hi"):
             a, b = (self.read(each, rest[1], lanes).astype(_wider(rest[1])) for each in operands[1:])
@@ -291,15 +210,6 @@ class Block:
         else:
             values = [self.read(each, rest[1], lanes) for each in (a, b, c)]
             self.write(target, values[0] * values[1] + values[2], lanes)
-
-    def do_fma(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(_fused, lanes, rest, *operands)
-
-    def do_abs(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.abs, lanes, rest, *operands)
-
-    def do_neg(self, lanes: Array, rest: list[str], *operands: str) -> None:
-        self._compute(np.negative, lanes, rest, *operands)
 
     def do_not(self, lanes: Array, rest: list[str], target: str, a: str) -> None:
         self.write(target, ~self.read(a, rest[-1], lanes), lanes)
@@ -575,6 +485,17 @@ def _fused(a: Array, b: Array, c: Array) -> Array:
     """One rounding: fp32 in fp64, fp64 in what is longer."""
     wide = np.longdouble if a.dtype == np.float64 else np.float64
     return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
+
+
+def _divided(a: Array, b: Array) -> Array:
+    return a / b if a.dtype.kind == "f" else np.trunc(a / b).astype(a.dtype)
+
+
+_OF_EACH: dict[str, Callable[..., Array]] = {
+    "add": np.add, "sub": np.subtract, "div": _divided, "fma": _fused, "abs": np.abs, "neg": np.negative,
+    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
+    "min": lambda *a: functools.reduce(np.fmin, a), "max": lambda *a: functools.reduce(np.fmax, a),
+}  # fmt: skip
 
 
 def _compare(comparison: str, a: Array, b: Array) -> Array:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import ptx
 import torch
 from aot import NamedArchitecture
+from ptx import run
+from ptx_memory import Memory
+from ptx_program import parse
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -26,7 +28,7 @@ compile_and_launch = JITFunction.run
 def run_as_ptx(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> None:
     compiled = compile_and_launch(self, *args, grid=grid, warmup=True, **options)
     named = dict(zip(self.arg_names, args, strict=False)) | options
-    memory, addresses, owners = ptx.Memory(), {}, {}
+    memory, addresses, owners = Memory(), {}, {}
     for name, value in named.items():
         if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() not in addresses:
             start = value.untyped_storage().data_ptr()
@@ -42,7 +44,7 @@ def run_as_ptx(self: JITFunction, *args: Any, grid: tuple[int, ...], warmup: boo
             arguments.append(addresses[start] + value.data_ptr() - start)
         else:
             arguments.append(value)
-    early = ptx.run(ptx.parse(compiled.asm["ptx"]), memory, arguments, grid)
+    early = run(parse(compiled.asm["ptx"]), memory, arguments, grid)
     for number, (name, value) in owners.items():
         _bytes_of(value)[:] = memory.bytes_of(number)
         assert number not in early or not options.get("OVERLAPS") or name in EARLY, f"{name} is touched too early"
