@@ -208,12 +208,14 @@ def paged_attention(
     parts = (batch, num_kv_heads, splits, group)
     part = q.new_empty(*parts, head_dim, dtype=torch.float32)
     part_max, part_sum = q.new_empty(2, *parts, dtype=torch.float32)
+    # Warps that hold the same numbers sum them in the same place. Products fused into sums would make the last bits of
+    # their sums differ, and which of them stays would be chance.
     _paged_attention_kernel[(batch, num_kv_heads, splits)](
         q, norm_weight, positions, frequencies, eps, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum,
         tickets, num_kv_heads, group, head_dim, pages.shape[1], 1.4426950408889634 * head_dim**-0.5,
         PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, rows), MEMBERS=members, BLOCK_D=block_d,
         BLOCK_L=BLOCK_L, SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=4,
-        num_stages=2, **overlap_options(q),
+        num_stages=2, enable_fp_fusion=False, **overlap_options(q),
     )  # fmt: skip
     return out
 
