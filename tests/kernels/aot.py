@@ -32,6 +32,7 @@ d, INTERMEDIATE, VOCAB, H, G, D = 4096, 12288, 151936, 32, 8, 128
 FEATURES = 1152  # of MedSigLIP
 SLOTS, PAGE = 32768, 16
 ROWS = (1, 16)
+NORM_BYTES = 2 * d
 
 
 class NamedArchitecture:
@@ -193,7 +194,10 @@ def read_block(options: dict[str, Any], named: dict[str, Any], grid: tuple[int, 
         "x": str(x.dtype).removeprefix("torch."),
         "rows": options["ROWS"],
         "weight": str(weight.dtype).removeprefix("torch."),
-        "fetched": options["BLOCK_N"] * options["FETCHED"] * matrices,
+        "fetched": options["BLOCK_N"] * options["FETCHED"] * matrices
+        + (NORM_BYTES if named.get("norm_ptr") is not None else 0),
+        "few_outputs": len(weight) <= 4096,
+        "fetched_a_row": options["FETCHED"],
         "bytes_a_round": options["BLOCK_N"] * options["BLOCK_K"] * weight.itemsize * matrices,
         "stages": options["STAGES"],
         "blocks": grid[0],
@@ -223,6 +227,7 @@ def main(capabilities: list[int]) -> None:
         rows[-1] |= {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
         rows[-1] |= read_code(code, options)
         rows[-1] |= {"appends": named.get("norm_ptr") is not None, "splits_at_once": options.get("SPLITS_AT_ONCE")}
+        rows[-1] |= {"fuses": metadata.enable_fp_fusion}
         if "BLOCK_N" in options:
             rows[-1] |= read_block(options, named, grid)
 

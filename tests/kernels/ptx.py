@@ -8,23 +8,16 @@ allocated, and where two warps touch the same byte of shared memory, one of them
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from ptx_memory import Memory, PtxError, SharedMemory
+from ptx_numbers import OF_EACH, TYPES, Array, as_bits, as_numbers, compare, join, narrow_bf16, split, widen_bf16, wider
 from ptx_program import Instruction, Program
 
-Array = np.ndarray
 WARP = 32
-
-_TYPES = {
-    "s64": np.int64, "u64": np.uint64, "b64": np.uint64, "s32": np.int32, "u32": np.uint32, "b32": np.uint32,
-    "s16": np.int16, "u16": np.uint16, "b16": np.uint16, "s8": np.int8, "u8": np.uint8, "b8": np.uint8,
-    "f64": np.float64, "f32": np.float32, "f16": np.float16, "pred": np.bool_,
-}  # fmt: skip
 
 
 def run(
@@ -98,12 +91,12 @@ class Block:
     def execute(self, instruction: Instruction, lanes: Array) -> None:
         name, *rest = instruction.name.split(".")
         operation = getattr(self, f"do_{name}", None)
-        if operation is None and name not in _OF_EACH:
+        if operation is None and name not in OF_EACH:
             raise PtxError(f"no such instruction here: {instruction.name}")
         try:
             with np.errstate(all="ignore"):
                 if operation is None:
-                    self._compute(_OF_EACH[name], lanes, rest, *instruction.operands)
+                    self._compute(OF_EACH[name], lanes, rest, *instruction.operands)
                 else:
                     operation(lanes, rest, *instruction.operands)
         except PtxError as error:
@@ -125,8 +118,8 @@ class Block:
     def read(self, operand: str, kind: str, lanes: Array) -> Array:
         """As numbers of this type, one for each lane; bf16 as fp32."""
         if kind == "bf16":
-            return _widen_bf16(self.read(operand, "b16", lanes))
-        dtype = np.dtype(_TYPES[kind])
+            return widen_bf16(self.read(operand, "b16", lanes))
+        dtype = np.dtype(TYPES[kind])
         register = self.register(operand)
         if register is not None:
             bits = register[lanes]
@@ -170,11 +163,11 @@ class Block:
 
     def write_as(self, operand: str, values: Array, kind: str, lanes: Array) -> None:
         """values: fp32 where kind is bf16."""
-        self.write(operand, _narrow_bf16(values) if kind == "bf16" else values.astype(_TYPES[kind]), lanes)
+        self.write(operand, narrow_bf16(values) if kind == "bf16" else values.astype(TYPES[kind]), lanes)
 
     def address(self, operand: str, lanes: Array, kind: str) -> Array:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
-        return self.read(base, kind, lanes) + np.array(int(offset or 0)).astype(_TYPES[kind])
+        return self.read(base, kind, lanes) + np.array(int(offset or 0)).astype(TYPES[kind])
 
     # Arithmetic
 
@@ -186,9 +179,9 @@ class Block:
         kind = kinds[-1]
         if kind.endswith("x2"):
             kind = kind.removesuffix("x2")
-            packed = [_split(self.read(each, "b64" if kind == "f32" else "b32", lanes)) for each in a]
-            halves = [compute(*[_numbers(each, kind) for each in pair]) for pair in zip(*packed, strict=True)]
-            self.write(target, _join(*[_bits(each, kind) for each in halves]), lanes)
+            packed = [split(self.read(each, "b64" if kind == "f32" else "b32", lanes)) for each in a]
+            halves = [compute(*[as_numbers(each, kind) for each in pair]) for pair in zip(*packed, strict=True)]
+            self.write(target, join(*[as_bits(each, kind) for each in halves]), lanes)
             return
         of_last = kinds[-2] if kinds[-2:-1] == ["f32"] else kind
         others = [self.read(each, kind, lanes) for each in a[:-1]]
@@ -196,16 +189,16 @@ class Block:
 
     def do_mul(self, lanes: Array, rest: list[str], *operands: str) -> None:
         if rest[0] in ("wide", "hi"):
-            a, b = (self.read(each, rest[1], lanes).astype(_wider(rest[1])) for each in operands[1:])
-            product = a * b if rest[0] == "wide" else (a * b >> a.dtype.type(32)).astype(_TYPES[rest[1]])
+            a, b = (self.read(each, rest[1], lanes).astype(wider(rest[1])) for each in operands[1:])
+            product = a * b if rest[0] == "wide" else (a * b >> a.dtype.type(32)).astype(TYPES[rest[1]])
             self.write(operands[0], product, lanes)
         else:
             self._compute(np.multiply, lanes, rest, *operands)
 
     def do_mad(self, lanes: Array, rest: list[str], target: str, a: str, b: str, c: str) -> None:
         if rest[0] == "wide":
-            product = self.read(a, rest[1], lanes).astype(_wider(rest[1]))
-            product = product * self.read(b, rest[1], lanes).astype(_wider(rest[1]))
+            product = self.read(a, rest[1], lanes).astype(wider(rest[1]))
+            product = product * self.read(b, rest[1], lanes).astype(wider(rest[1]))
             self.write(target, product + self.read(c, rest[1][0] + "64", lanes), lanes)
         else:
             values = [self.read(each, rest[1], lanes) for each in (a, b, c)]
@@ -232,7 +225,7 @@ class Block:
         self.write(target, value >> by.astype(value.dtype), lanes)
 
     def do_bfe(self, lanes: Array, rest: list[str], target: str, a: str, position: str, length: str) -> None:
-        value, dtype = self.read(a, rest[-1], lanes), _TYPES[rest[-1]]
+        value, dtype = self.read(a, rest[-1], lanes), TYPES[rest[-1]]
         start, width = int(position), int(length)
         left = (value << dtype(32 - start - width)).astype(dtype)
         self.write(target, left >> dtype(32 - width), lanes)
@@ -252,17 +245,19 @@ class Block:
     def do_setp(self, lanes: Array, rest: list[str], target: str, a: str, b: str) -> None:
         comparison, kind = rest[0], rest[-1]
         if not kind.endswith("x2"):
-            self.write(target, _compare(comparison, self.read(a, kind, lanes), self.read(b, kind, lanes)), lanes)
+            self.write(target, compare(comparison, self.read(a, kind, lanes), self.read(b, kind, lanes)), lanes)
             return
-        packed = zip(target.split("|"), *[_split(self.read(each, "b32", lanes)) for each in (a, b)], strict=True)
+        packed = zip(target.split("|"), *[split(self.read(each, "b32", lanes)) for each in (a, b)], strict=True)
         for half, x, y in packed:
-            self.write(half, _compare(comparison, *[_numbers(each, kind.removesuffix("x2")) for each in (x, y)]), lanes)
+            self.write(
+                half, compare(comparison, *[as_numbers(each, kind.removesuffix("x2")) for each in (x, y)]), lanes
+            )
 
     def do_cvt(self, lanes: Array, rest: list[str], target: str, a: str, *more: str) -> None:
         *rounding, to, of = rest
         if to.endswith("x2"):
-            halves = [_bits(self.read(each, of, lanes), to.removesuffix("x2")) for each in (*more, a)]
-            self.write(target, _join(*halves), lanes)
+            halves = [as_bits(self.read(each, of, lanes), to.removesuffix("x2")) for each in (*more, a)]
+            self.write(target, join(*halves), lanes)
             return
         values = self.read(a, of, lanes)
         if "rmi" in rounding or "rzi" in rounding:
@@ -270,15 +265,15 @@ class Block:
         self.write_as(target, values, to, lanes)
 
     def do_mov(self, lanes: Array, rest: list[str], target: str, a: str) -> None:
-        kind, size = rest[-1], np.dtype(_TYPES[rest[-1]]).itemsize
+        kind, size = rest[-1], np.dtype(TYPES[rest[-1]]).itemsize
         if target.startswith("{"):
             names = _names(target)
-            for part, values in zip(names, _split(self.read(a, kind, lanes), len(names)), strict=True):
+            for part, values in zip(names, split(self.read(a, kind, lanes), len(names)), strict=True):
                 self.write(part, values, lanes)
         elif a.startswith("{"):
             names = _names(a)
             parts = [self.read(part, f"b{8 * size // len(names)}", lanes) for part in names]
-            self.write(target, _join(*parts), lanes)
+            self.write(target, join(*parts), lanes)
         else:
             self.write(target, self.read(a, kind, lanes), lanes)
 
@@ -288,17 +283,17 @@ class Block:
         kind = rest[-1]
         if rest[0] == "param":
             value = self.arguments.get(place.strip("[] "), 0)
-            dtype = np.dtype(_TYPES[kind])
+            dtype = np.dtype(TYPES[kind])
             bits = np.float32(value).view(np.uint32) if isinstance(value, float) else value % (1 << 64)
             self.write(target, np.full(len(lanes), bits, np.uint64).astype(dtype), lanes)
             return
-        names, size = _names(target), np.dtype(_TYPES[kind]).itemsize
+        names, size = _names(target), np.dtype(TYPES[kind]).itemsize
         if rest[0].startswith("shared"):
             addresses = self.address(place, lanes, "u32")
             values = self.shared.load(addresses, size * len(names), self.warp_of[lanes])
         else:
             values = self._load_global(self.address(place, lanes, "u64"), size * len(names))
-        values = np.ascontiguousarray(values).view(_TYPES[kind])
+        values = np.ascontiguousarray(values).view(TYPES[kind])
         for i, name in enumerate(names):
             self.write(name, np.ascontiguousarray(values[:, i]), lanes)
 
@@ -388,32 +383,35 @@ class Block:
         of_group = np.where(masks >> lane.astype(np.uint32) & 1, values, nothing)
         self.write(target, reduce(of_group, 2).astype(np.int32).ravel(), lanes)
 
+    def _rows(self, lanes: Array, place: str, num_matrices: int) -> tuple[Array, Array]:
+        """Of matrices of eight rows, which the first lanes point at: addresses, and the warp of each."""
+        addresses = self.address(place, lanes, "u32").reshape(-1, WARP)[:, : 8 * num_matrices]
+        return addresses.ravel(), np.repeat(self.warp_of[lanes[::WARP]], 8 * num_matrices)
+
     def do_ldmatrix(self, lanes: Array, rest: list[str], target: str, place: str) -> None:
         """Eight rows of eight numbers of 16 bits for each matrix; a lane gets two neighbours of row lane / 4."""
         num_warps, lane = self._whole_warps(lanes)
         names = _names(target)
-        addresses = self.address(place, lanes, "u32").reshape(num_warps, WARP)[:, : 8 * len(names)]
-        warps = np.repeat(self.warp_of[lanes[::WARP]], 8 * len(names))
-        rows = self.shared.load(addresses.ravel(), 16, warps)
+        addresses, warps = self._rows(lanes, place, len(names))
+        rows = self.shared.load(addresses, 16, warps)
         matrices = np.ascontiguousarray(rows).view(np.uint16).reshape(num_warps, len(names), 8, 8)
         if "trans" in rest:
             matrices = matrices.swapaxes(2, 3)
         for i, name in enumerate(names):
             low, high = (matrices[:, i, lane // 4, lane % 4 * 2 + half].ravel() for half in (0, 1))
-            self.write(name, _join(low, high), lanes)
+            self.write(name, join(low, high), lanes)
 
     def do_stmatrix(self, lanes: Array, rest: list[str], place: str, source: str) -> None:
         num_warps, lane = self._whole_warps(lanes)
         names = _names(source)
         matrices = np.empty((num_warps, len(names), 8, 8), np.uint16)
         for i, name in enumerate(names):
-            for half, values in enumerate(_split(self.read(name, "b32", lanes))):
+            for half, values in enumerate(split(self.read(name, "b32", lanes))):
                 matrices[:, i, lane // 4, lane % 4 * 2 + half] = values.reshape(num_warps, WARP)
         if "trans" in rest:
             matrices = np.ascontiguousarray(matrices.swapaxes(2, 3))
-        addresses = self.address(place, lanes, "u32").reshape(num_warps, WARP)[:, : 8 * len(names)]
-        warps = np.repeat(self.warp_of[lanes[::WARP]], 8 * len(names))
-        self.shared.store(addresses.ravel(), matrices.view(np.uint8).reshape(-1, 16), warps)
+        addresses, warps = self._rows(lanes, place, len(names))
+        self.shared.store(addresses, matrices.view(np.uint8).reshape(-1, 16), warps)
 
     def do_mma(self, lanes: Array, rest: list[str], target: str, a: str, b: str, c: str) -> None:
         """[16, 16] times [16, 8], each a warp's: PTX ISA, "Matrix fragments for mma.m16n8k16"."""
@@ -423,8 +421,8 @@ class Block:
         group, member = lane // 4, lane % 4
 
         def halves(name: str) -> list[Array]:
-            both = [each.reshape(num_warps, WARP) for each in _split(self.read(name, "b32", lanes))]
-            return [_numbers(each, rest[-2]) for each in both]
+            both = [each.reshape(num_warps, WARP) for each in split(self.read(name, "b32", lanes))]
+            return [as_numbers(each, rest[-2]) for each in both]
 
         left, right = np.empty((num_warps, 16, 16)), np.empty((num_warps, 16, 8))
         for i, name in enumerate(_names(a)):
@@ -441,71 +439,3 @@ class Block:
 
 def _names(operand: str) -> list[str]:
     return [name.strip() for name in operand.strip("{} ").split(",")]
-
-
-def _wider(kind: str) -> Any:
-    if kind not in ("s32", "u32"):
-        raise PtxError(f"products of {kind} that are wider")
-    return np.int64 if kind == "s32" else np.uint64
-
-
-def _split(bits: Array, num_parts: int = 2) -> list[Array]:
-    parts = np.ascontiguousarray(bits).view(f"u{bits.dtype.itemsize // num_parts}").reshape(-1, num_parts)
-    return [np.ascontiguousarray(part) for part in parts.T]
-
-
-def _join(*parts: Array) -> Array:
-    return np.stack(parts, 1).view(f"u{parts[0].dtype.itemsize * len(parts)}")[:, 0]
-
-
-def _numbers(bits: Array, kind: str) -> Array:
-    """bf16 as fp32."""
-    return _widen_bf16(bits) if kind == "bf16" else bits.view(_TYPES[kind])
-
-
-def _bits(numbers: Array, kind: str) -> Array:
-    if kind == "bf16":
-        return _narrow_bf16(numbers)
-    narrow = numbers.astype(_TYPES[kind])
-    return narrow.view(f"u{narrow.dtype.itemsize}")
-
-
-def _widen_bf16(bits: Array) -> Array:
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def _narrow_bf16(values: Array) -> Array:
-    """To the nearest, ties to even."""
-    bits = values.astype(np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
-
-
-def _fused(a: Array, b: Array, c: Array) -> Array:
-    """One rounding: fp32 in fp64, fp64 in what is longer."""
-    wide = np.longdouble if a.dtype == np.float64 else np.float64
-    return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
-
-
-def _divided(a: Array, b: Array) -> Array:
-    return a / b if a.dtype.kind == "f" else np.trunc(a / b).astype(a.dtype)
-
-
-_OF_EACH: dict[str, Callable[..., Array]] = {
-    "add": np.add, "sub": np.subtract, "div": _divided, "fma": _fused, "abs": np.abs, "neg": np.negative,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "min": lambda *a: functools.reduce(np.fmin, a), "max": lambda *a: functools.reduce(np.fmax, a),
-}  # fmt: skip
-
-
-def _compare(comparison: str, a: Array, b: Array) -> Array:
-    compare: dict[str, Callable[[Array, Array], Array]] = {
-        "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-        "ge": np.greater_equal, "nan": lambda a, b: np.isnan(a) | np.isnan(b),
-    }  # fmt: skip
-    if comparison in compare:
-        result = compare[comparison](a, b)
-        return result & ~np.isnan(a) & ~np.isnan(b) if comparison == "ne" and a.dtype.kind == "f" else result
-    if comparison[-1] == "u" and comparison[:-1] in compare:  # true also where one is NaN
-        return compare[comparison[:-1]](a, b) | np.isnan(a) | np.isnan(b)
-    raise PtxError(f"setp: no comparison {comparison}")

@@ -91,9 +91,17 @@ def test_weights_are_asked_for_before_the_wait(over_weights: list[dict[str, Any]
     for row in over_weights:
         lines = row["fetches_before"] * 32 * row["warps"]
         assert lines * 128 >= row["fetched"] if row["waits"] else not lines, row
+        assert row["fetched_a_row"] == (4096 if row["few_outputs"] else 2048)
     early = [row for row in over_weights if row["weights_before"]]
     assert early == [row for row in over_weights if row["waits"] and row["rows"] == 1 and row["weight"] != "int8"] != []
     assert [row for row in early if row["weights_before"] * 32 * row["warps"] < row["bytes_a_round"]] == []
+
+
+def test_attention_fetches_norms_and_fuses_no_products(compiled: dict[str, Any]) -> None:
+    """Fused into sums, they would make the last bits of these depend on which warp writes them."""
+    attention = [row for row in compiled["rows"] if row["kernel"] == "_paged_attention_kernel"]
+    assert all((row["fetches_before"] > 0) == (row["appends"] and row["waits"]) for row in attention)
+    assert not any(row["fuses"] for row in attention) and any(row["fuses"] for row in compiled["rows"])
 
 
 def test_a_short_context_is_combined_at_once(compiled: dict[str, Any]) -> None:
