@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
 import platform
 import re
+import signal
 import sys
+import time
 import warnings
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +32,7 @@ for folder in ("training", "kernels", "."):  # a checkout that nobody has instal
 
 from bench.files import commit  # noqa: E402
 from bench.gpu import int8, kernels, numerics, profile, report, requests, tune  # noqa: E402
+from bench.gpu.compile_ahead import CompileAhead  # noqa: E402
 from bench.gpu.record import Record, Section, SkippedError  # noqa: E402
 from bench.gpu.shapes import random_model, small_config  # noqa: E402
 from bench.gpu.timing import copy_bandwidth, matmul_flops  # noqa: E402
@@ -35,13 +40,15 @@ from vitalrt.model_cost import KNOWN_MODELS, Card, find_config  # noqa: E402
 from vitalrt_kernels.tuned import TABLE  # noqa: E402
 
 TOTAL_S = 460.0
+NEEDED = {"model", "compile", "card"}  # by all the others
 
 
 class Bench:
     """What sections share: the device, its ceilings, the model, the contenders."""
 
-    def __init__(self, device: torch.device, model: str | None) -> None:
+    def __init__(self, device: torch.device, model: str | None, tunes: bool) -> None:
         self.device = device
+        self.compile_ahead = CompileAhead(device, model, tunes)  # while the model is built
         is_cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if is_cuda else torch.float32
         self.config = find_config(model) if model else KNOWN_MODELS["Qwen3-VL-8B"] if is_cuda else small_config()
@@ -82,8 +89,9 @@ class Bench:
         """In the order of how much would be missed. Budgets add up to more than the whole: few use theirs up."""
         needs = self.needs_model
         return [
-            Section("card", self.measure_card, 30),
             Section("model", self.build, 60),
+            Section("compile", self.compile_ahead.measure, 90),
+            Section("card", self.measure_card, 30),
             Section("kernels", needs(lambda r: kernels.measure(r, self.model, self.card)), 90),
             Section("numerics", needs(lambda r: numerics.measure(r, self.model)), 60),
             Section("requests", needs(self.measure_requests), 190),
@@ -119,6 +127,24 @@ def environment(device: torch.device, arguments: list[str]) -> dict[str, Any]:
     }
 
 
+def is_broken(device: torch.device) -> bool:
+    """After some errors every call fails, until the process ends."""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def restart(arguments: list[str], record: Record) -> None:
+    """Becomes a new process that does what is left, in the time that is left."""
+    signal.setitimer(signal.ITIMER_REAL, 0)  # it would outlive this program
+    left = record.total_s - (time.monotonic() - record.started)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "bench.gpu", *arguments, "--resume", "--seconds", f"{left:.0f}"]
+    os.execv(sys.executable, command)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, no compiled peer, fewer dtypes")
@@ -127,10 +153,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="shape: a directory or a known name [Qwen3-VL-8B; a miniature on a CPU]")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all of it [{TOTAL_S:.0f}]")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    parser.add_argument("--resume", action="store_true", help="keep the sections that the file in OUT has")
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers on its own argument names
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bench = Bench(device, options.model)
+    bench = Bench(device, options.model, options.tune)
     sections = bench.sections()
     names = [section.name for section in sections]
     wanted = ["tune"] if options.tune else options.only or [name for name in names if name != "tune"]
@@ -143,10 +170,16 @@ def main(arguments: list[str] | None = None) -> None:
     stem = f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     given = sys.argv[1:] if arguments is None else arguments
     record = Record(options.out / f"{stem}.json", environment(device, given), console, options.seconds, options.quick)
-    if device.type != "cuda":
+    if options.resume and record.path.is_file():
+        record.results = json.loads(record.path.read_text())["sections"]
+    if device.type == "cuda":
+        record.is_broken = lambda: is_broken(device)
+        record.restart = lambda: restart(given, record)
+    else:
         console.print("no CUDA device: a miniature runs on the CPU; no time below says anything about a GPU")
     with torch.no_grad():
-        record.run([section for section in sections if section.name in ("card", "model", *wanted)])
+        done = record.results.keys() - NEEDED
+        record.run([section for section in sections if section.name in {*NEEDED, *wanted} - done])
     if options.tune:
         outcome = record.results["tune"]
         if outcome.get("rows"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import signal
 import threading
@@ -17,6 +18,8 @@ from typing import Any
 from rich.console import Console
 
 from bench.files import replace_whole
+
+GRACE_S = 20.0  # a section that is over its time by this waits for a device that will not answer
 
 
 class SkippedError(Exception):
@@ -40,13 +43,19 @@ class Section:
 
 @dataclass
 class Record:
-    """path: of the JSON, written anew after every section, whole or not at all.  results: by section."""
+    """path: of the JSON, written anew after every section, whole or not at all.  results: by section.
+
+    is_broken(): whether this process can use its device no more; then restart() goes on in a new one, and does not
+    return. restart may be called by another thread, where a section hangs.
+    """
 
     path: Path
     environment: dict[str, Any]
     console: Console
     total_s: float
     quick: bool = False
+    is_broken: Callable[[], bool] = bool
+    restart: Callable[[], object] = object
     results: dict[str, Any] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     deadline: float = 0.0
@@ -55,6 +64,9 @@ class Record:
         for section in sections:
             self._run_one(section)
             self.write()
+            if self.results[section.name]["status"] == "failed" and self.is_broken():
+                self.console.print("the device is of no more use to this process: going on in a new one")
+                self.restart()
 
     def _run_one(self, section: Section) -> None:
         began = time.monotonic()
@@ -64,7 +76,7 @@ class Record:
             if budget <= 1:
                 raise SkippedError(f"the run's {self.total_s:.0f} s were used up")
             self.deadline = began + budget
-            with _alarm(budget):
+            with _alarm(budget), self._watched(section.name, budget):
                 outcome = {"status": "done", **section.run(self)}
         except SkippedError as reason:
             outcome = {"status": "skipped", "reason": str(reason)}
@@ -76,6 +88,24 @@ class Record:
         self.results[section.name] = outcome
         said = f": {outcome['reason']}" if "reason" in outcome else ""
         self.console.print(f"{outcome['status']} after {outcome['seconds']} s{said}", highlight=False)
+
+    @contextmanager
+    def _watched(self, name: str, budget: float) -> Iterator[None]:
+        """Where a call into a library does not return, the section has failed and the rest goes on without it."""
+
+        def give_up() -> None:
+            faulthandler.dump_traceback()
+            self.tell(name, status="failed", reason=f"did not return {GRACE_S:.0f} s after its time was over")
+            self.write()
+            self.restart()
+
+        watchdog = threading.Timer(budget + GRACE_S, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
     def tell(self, section: str, **parts: Any) -> None:
         """Results that count even if the rest of the section fails."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.gpu import record as record_module
 from bench.gpu.record import Record, Section, SkippedError
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +50,9 @@ def test_what_cannot_run_is_said_and_the_rest_runs(quick) -> None:
     results, printed, folder = quick
     sections = results["sections"]
     assert {name: section["status"] for name, section in sections.items()} == {
-        "card": "done",
         "model": "done",
+        "compile": "skipped",
+        "card": "done",
         "kernels": "done",
         "requests": "done",
         "numerics": "done",
@@ -189,3 +193,99 @@ def test_the_host_never_waits_for_all_of_the_device_inside_a_request() -> None:
         prompt = prompt_of(small_config(), 60)
         ours.request(prompt, 4, 4)
         assert host_waits(ours, prompt)["host_waits"] == {}
+
+
+def test_a_broken_device_is_left_to_a_new_process(tmp_path: Path) -> None:
+    """A section that fails without breaking it is not."""
+    ran: list[str] = []
+
+    def section(name: str, fails: bool) -> Section:
+        def run(record: Record) -> dict[str, Any]:
+            ran.append(name)
+            if fails:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return {}
+
+        return Section(name, run, 5)
+
+    def restart() -> None:
+        written = json.loads((tmp_path / "x.json").read_text())["sections"]
+        assert written["breaks it"]["status"] == "failed"
+        ran.append("a new process")
+        raise SystemExit  # whoever becomes another program does not return
+
+    record = Record(
+        tmp_path / "x.json", {}, Console(quiet=True), 30, is_broken=lambda: "breaks it" in ran, restart=restart
+    )
+    with pytest.raises(SystemExit):
+        record.run([section("works", False), section("fails", True), section("breaks it", True), section("left", True)])
+    assert ran == ["works", "fails", "breaks it", "a new process"]
+
+
+def test_a_call_that_never_returns_is_left_to_a_new_process(tmp_path: Path, monkeypatch, capfd) -> None:
+    """It waits without a look at signals, as in a library."""
+    monkeypatch.setattr(record_module, "GRACE_S", 0.2)
+    returned = threading.Event()
+
+    def hangs(record: Record) -> dict[str, Any]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        try:
+            assert returned.wait(20)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+        return {}
+
+    written: list[dict[str, Any]] = []
+
+    def restart() -> None:
+        written.append(json.loads((tmp_path / "x.json").read_text())["sections"]["hangs"])
+        returned.set()
+
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), 30, restart=restart)
+    record.run([Section("hangs", hangs, 1.5)])
+    assert written[0]["status"] == "failed" and "did not return" in written[0]["reason"]
+    assert "in hangs" in capfd.readouterr().err
+
+
+def test_what_a_run_before_has_told_is_kept(tmp_path: Path) -> None:
+    """--resume: what the others need is made again."""
+    from bench.gpu.__main__ import main
+
+    path = tmp_path / f"gpu-{'cpu' if not torch.cuda.is_available() else 'card'}.json"
+    path.write_text(json.dumps({"sections": {"int8": {"status": "failed", "reason": "broke the device"}}}))
+    main(["--resume", "--only", "int8", "--only", "profile", "--quick", "--out", str(tmp_path)])
+    sections = json.loads(path.read_text())["sections"]
+    assert sections["int8"]["reason"] == "broke the device" and sections["model"]["status"] == "done"
+    assert "profile" in sections
+
+
+def test_kernels_are_launched_ahead_as_they_are_later() -> None:
+    """Every contender and every tile, on one layer; each of them runs."""
+    pytest.importorskip("triton")
+    from bench.gpu.compile_ahead import jobs
+    from bench.gpu.shapes import small_config
+    from bench.gpu.tune import TILES
+
+    with torch.no_grad():
+        steps = [job() for job in jobs(small_config(), torch.device("cpu"), tunes=False)]
+        tiles = list(jobs(small_config(), torch.device("cpu"), tunes=True))
+    assert len(steps) == 6 + 2 * 14, "requests, steps, and the cases of 1 and 16 rows"
+    assert len(tiles) == 2 * 5 * sum(1 + len(of_rows) for of_rows in TILES.values())
+    assert tiles[0]().shape == (1, 128)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_verdict_is_told_as_soon_as_it_is_reached(fails: bool, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import os, pytest\ndef test_good(): pass\n@pytest.mark.skip\ndef test_left(): pass\n"
+        f"def test_bad(): assert not {fails}\ndef test_end(): os._exit(3)\n"
+    )
+    path = tmp_path / "verdicts.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.verdicts", "-p", "no:cacheprovider"]
+    subprocess.run(
+        [*command, f"--verdicts={path}", "test_it.py"],
+        cwd=tmp_path, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    told = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [verdict["outcome"] for verdict in told] == ["passed", "skipped", "failed" if fails else "passed"]
+    assert not fails or "assert not True" in told[2]["why"]

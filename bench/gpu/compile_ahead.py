@@ -1,0 +1,125 @@
+"""Kernels compiled by all cores at once, before the one process that measures them wants them one after the other.
+
+They find each other through Triton's cache: python -m bench.gpu.compile_ahead PART PARTS [--tune] launches its share of
+them, on one layer of the shape that is to be measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu import kernels, tune
+from bench.gpu.ours import InTurn, Ours
+from bench.gpu.record import Record, SkippedError
+from bench.gpu.requests import ANSWER, BATCHES, PROMPT, QUESTION
+from bench.gpu.shapes import prompt_of, random_model
+from bench.gpu.timing import synchronize
+from vitalrt.config import ModelConfig
+from vitalrt.engine.device_step import StepWeights
+from vitalrt.model.qwen3_vl import Qwen3VL
+from vitalrt.model_cost import find_config
+
+ROOT = Path(__file__).parents[2]
+PART_BYTES = 9e9  # of a process, on the device: the embedding, the head, and that once more in fp32 to quantise it
+
+
+class CompileAhead:
+    """Begins at once; measure() waits for it."""
+
+    def __init__(self, device: torch.device, model: str | None, tunes: bool) -> None:
+        if device.type != "cuda":
+            self._processes: list[subprocess.Popen[str]] = []
+            return
+        room = 0.6 * torch.cuda.get_device_properties(device).total_memory / PART_BYTES
+        parts = max(1, min((os.cpu_count() or 2) - 2, int(room)))
+        command = [sys.executable, "-m", "bench.gpu.compile_ahead"]
+        options = [*(["--model", model] if model else []), *(["--tune"] if tunes else [])]
+        self._processes = [
+            subprocess.Popen(
+                [*command, str(part), str(parts), *options],
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for part in range(parts)
+        ]  # fmt: skip
+
+    def measure(self, record: Record) -> dict[str, Any]:
+        if not self._processes:
+            raise SkippedError("nothing is compiled where torch sees no CUDA device")
+        try:
+            said = [process.communicate(timeout=max(1, record.seconds_left - 2))[0] for process in self._processes]
+        finally:
+            for process in self._processes:
+                process.kill()
+        lines = [text.strip().splitlines()[-1] if text.strip() else "nothing" for text in said]
+        return {"processes": len(lines), "said": lines}
+
+
+def jobs(config: ModelConfig, device: torch.device, tunes: bool) -> Iterator[Callable[[], object]]:
+    """In the order of how long they take."""
+    one_layer = replace(config, decoder=replace(config.decoder, num_hidden_layers=1))
+    one_layer = replace(one_layer, vision=replace(config.vision, depth=1, deepstack_visual_indexes=(0,)))
+    model = random_model(one_layer, device, torch.bfloat16)
+    if tunes:
+        for as_int8 in (False, True):
+            for num_rows, tiles in tune.TILES.items():
+                for matrix in tune.matrices(model, num_rows, as_int8):
+                    yield from [lambda m=matrix, t=tile: m.run(0, t) for tile in (None, *tiles)]
+        return
+    for contender in (Ours, InTurn):
+        yield lambda contender=contender: _request(contender, model, 2)
+    yield lambda: _request(Ours, model, 1, StepWeights(model.decoder, int8=True))
+    yield from [lambda batch=batch: _steps(model, batch) for batch in BATCHES]
+    for num_rows in (1, 16):
+        yield from [lambda case=case: case.run(0) for case in kernels.cases(model, num_rows)]
+
+
+def _request(contender: type[Ours], model: Qwen3VL, num_rows: int, weights: StepWeights | None = None) -> None:
+    ours, prompt = contender(model, num_rows, 2048, weights), prompt_of(model.config, PROMPT)
+    ours.request(prompt, 1, ANSWER)
+    ours.begin(prompt)
+    ours.go_on(prompt, QUESTION)
+
+
+def _steps(model: Qwen3VL, batch: int) -> None:
+    ours, prompt = Ours(model, max(BATCHES), PROMPT + 256), prompt_of(model.config, PROMPT)
+    ours.begin(prompt)
+    for answers in (False, True):
+        ours.graphs.step(batch, answers)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.gpu.compile_ahead", description=__doc__.splitlines()[0])
+    parser.add_argument("part", type=int)
+    parser.add_argument("parts", type=int)
+    parser.add_argument("--model", default="Qwen3-VL-8B")
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    config = find_config(options.model)
+    device = torch.device(options.device)
+    began, done, failed = time.monotonic(), 0, ""
+    with torch.no_grad():
+        for index, job in enumerate(jobs(config, device, options.tune)):
+            if index % options.parts != options.part:
+                continue
+            try:
+                job()
+                synchronize(device)
+                done += 1
+            except Exception as error:  # whoever measures it will say so
+                failed = f", {type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    print(f"{done} of them in {time.monotonic() - began:.1f} s{failed}")
+
+
+if __name__ == "__main__":
+    main()
