@@ -90,7 +90,7 @@ class Bench:
         needs = self.needs_model
         return [
             Section("model", self.build, 60),
-            Section("compile", self.compile_ahead.measure, 90),
+            Section("compile", self.compile_ahead.measure, 60),
             Section("card", self.measure_card, 30),
             Section("kernels", needs(lambda r: kernels.measure(r, self.model, self.card)), 90),
             Section("numerics", needs(lambda r: numerics.measure(r, self.model)), 60),

@@ -17,6 +17,7 @@ from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model_cost import Card, step_cost
 
 PROMPT = 500
+TIMELINE = 16  # launches that are told one by one
 WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaMemcpy")
 EVENT_WAIT = "cudaEventSynchronize"
 
@@ -60,6 +61,11 @@ def measure(record: Record, model: Qwen3VL, card: Card) -> dict[str, Any]:
         name: {"us": round(time, 1), "floor_us": round(floors.get(name, 0.0), 1)}
         for name, time in spent.most_common(16)
     }
+    first = launches[0].time_range.start
+    outcome["timeline_us"] = [  # of the first layers
+        {"name": name, "start": round(event.time_range.start - first, 2), "end": round(event.time_range.end - first, 2)}
+        for name, event in list(zip(names, launches, strict=True))[:TIMELINE]
+    ]
     outcome["largest_losses"] = [{"what": name, "us": round(loss, 1)} for name, loss in worst[:3]]
     return outcome
 
