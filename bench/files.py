@@ -1,13 +1,17 @@
-"""What every benchmark's result file needs: the commit it is of, and to be there whole or not at all."""
+"""What benchmarks share: which sources a result is of, files there whole or not at all, how to run uninstalled."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("bench", "kernels", "training", "vitalrt")
 
 
 def commit() -> str:
@@ -17,6 +21,20 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def sources() -> str:
+    """Of what runs: a digest of all Python files of the product and its benchmarks, whatever git knows of them."""
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def from_checkout() -> dict[str, str]:
+    """Environment of a Python that finds a checkout's sources, which nobody has installed."""
+    folders = [str(ROOT / name) for name in ("", "kernels", "training")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
 
 
 def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -30,7 +30,7 @@ for folder in ("training", "kernels", "."):  # a checkout that nobody has instal
     if str(ROOT / folder) not in sys.path:
         sys.path.insert(0, str(ROOT / folder))
 
-from bench.files import commit  # noqa: E402
+from bench.files import commit, sources  # noqa: E402
 from bench.gpu import int8, kernels, numerics, profile, report, requests, tune  # noqa: E402
 from bench.gpu.compile_ahead import CompileAhead  # noqa: E402
 from bench.gpu.record import Record, Section, SkippedError  # noqa: E402
@@ -119,6 +119,7 @@ def environment(device: torch.device, arguments: list[str]) -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "sources": sources(),
         "command": " ".join(["python -m bench.gpu", *arguments]),
         "device": device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,

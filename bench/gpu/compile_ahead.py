@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from bench.files import from_checkout
 from bench.gpu import kernels, tune
 from bench.gpu.ours import InTurn, Ours
 from bench.gpu.record import Record, SkippedError
@@ -47,7 +48,7 @@ class CompileAhead:
         self._processes = [
             subprocess.Popen(
                 [*command, str(part), str(parts), *options],
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                cwd=ROOT, env=from_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for part in range(parts)
         ]  # fmt: skip

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench.files import from_checkout
 from bench.gpu.record import Record, SkippedError, in_short
 from bench.gpu.timing import replayed_us
 from vitalrt.model.qwen3_vl import Qwen3VL
@@ -100,11 +101,9 @@ def run_sanitizer(record: Record) -> dict[str, Any]:
 
 def _run(command: Sequence[str], seconds: float) -> str:
     """What it printed. Runs from the root of the checkout, with the sources' folders on the path."""
-    folders = [str(ROOT / name) for name in ("", "kernels", "training")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
     try:
         finished = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=max(1, seconds), check=False
+            command, cwd=ROOT, env=from_checkout(), capture_output=True, text=True, timeout=max(1, seconds), check=False
         )
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"{Path(command[0]).name} took more than {seconds:.0f} s") from error
@@ -258,7 +257,9 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
     state = Rows(x.clone(), torch.zeros(num_rows, dtype=torch.int64, device=device), *counters)
     embed, no_stops = model.decoder.embed.weight.detach(), torch.zeros(0, dtype=torch.int64, device=device)
     kv_bytes = num_rows * CONTEXT * 2 * kv_heads * head_dim * size
-    append, by_axis = Append(qk_norm, eps, positions, rope.frequencies), positions.expand(3, -1).contiguous()
+    angles = positions[:, None] * rope.frequencies
+    append = Append(qk_norm, eps, torch.cat((angles.cos(), angles.sin()), dim=1))
+    by_axis = positions.expand(3, -1).contiguous()
     append64 = append._replace(norm_weight=qk_norm.double())
 
     def in_two_launches(i: int) -> torch.Tensor:
@@ -305,5 +306,13 @@ def _small(model: Qwen3VL, x: torch.Tensor) -> list[Case]:
             0,
             12,
         ),
-        Case("begin_step", lambda i: begin_step(state, embed, no_stops), None, None, 2 * x.numel() * size, 0, 12),
+        Case(
+            "begin_step",
+            lambda i: begin_step(state, embed, no_stops, rope.frequencies),
+            None,
+            None,
+            2 * x.numel() * size,
+            0,
+            12,
+        ),
     ]

@@ -76,10 +76,10 @@ class Contenders:
         return [*found, ours.step.rows.hidden[:2].clone(), ours.step.rows.tokens[:2].clone()]
 
     def warm_up(self, record: Record, prompt: BenchPrompt) -> None:
-        """Compile, capture, choose kernels. Who fails or takes over half the section's time is left out, and told."""
+        """Compile, capture, choose kernels. Who fails or takes most of the section's time is left out, and told."""
         for contender in list(self.all):
             try:
-                with record.at_most(0.55 * record.seconds_left):
+                with record.at_most(0.65 * record.seconds_left):
                     for k in (*LATENTS, 0):  # twice the same: vision is captured the second time
                         contender.request(prompt, k, 3)
                     contender.begin(prompt, 64)

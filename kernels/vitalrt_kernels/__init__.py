@@ -15,6 +15,7 @@ from vitalrt_kernels.linear_decode import Int8Weight, Norm, linear_decode, quant
 from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
 from vitalrt_kernels.paged_attention import Append, paged_attention
 from vitalrt_kernels.rms_norm import rms_norm
+from vitalrt_kernels.swiglu import swiglu
 from vitalrt_kernels.tickets import new_tickets
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "paged_attention",
     "quantise_int8",
     "rms_norm",
+    "swiglu",
     "why_not_triton",
 ]

@@ -1,10 +1,10 @@
 """The start of a step: what each sequence is fed, and its counters, moved on.
 
-    x = z if it is still thinking, else embed[token];    position = length + offset;    length += 1
+    x = z if it is still thinking, else embed[token];    angles = (length + offset) * frequencies;    length += 1
 
 All that tells sequences apart is on the device, so that a step needs nothing from the host and one captured graph
 serves rows of any phase. torch takes about ten launches for these few numbers; fused it is one.
-B rows, d width, E stop tokens.
+B rows, d width, D head dim, E stop tokens.
 """
 
 from __future__ import annotations
@@ -33,33 +33,36 @@ class Rows(NamedTuple):
 
 
 class StepInputs(NamedTuple):
-    """x: [B, d].  positions: [B] int64.  reach: [B] int32, the context to attend to, the new input included.
+    """x: [B, d].  turns: [B, D] fp32, cosines and then sines of the angles by which halves of q and k are rotated.
 
-    Of an idle row: 0.
+    reach: [B] int32, the context to attend to, the new input included.  Of an idle row x, the angles and reach are 0.
     """
 
     x: torch.Tensor
-    positions: torch.Tensor
+    turns: torch.Tensor
     reach: torch.Tensor
 
 
-def begin_step_reference(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor) -> StepInputs:
+def begin_step_reference(
+    rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, frequencies: torch.Tensor
+) -> StepInputs:
     thinks = rows.latents_left > 0
     stops = ~thinks & torch.isin(rows.tokens, stop_ids)
     runs = (rows.lengths < rows.limits) & ~stops
     embedded = embed[torch.where(runs & ~thinks, rows.tokens, 0)]
     x = torch.where(thinks[:, None], rows.hidden, embedded).masked_fill(~runs[:, None], 0)
-    positions = torch.where(runs, rows.lengths + rows.offsets, 0).long()
+    angles = torch.where(runs, rows.lengths + rows.offsets, 0)[:, None].float() * frequencies
     rows.lengths.add_(runs.int())
     rows.latents_left.sub_((runs & thinks).int())
     rows.limits.masked_fill_(stops, 0)
-    return StepInputs(x, positions, torch.where(runs, rows.lengths, 0))
+    return StepInputs(x, torch.cat((angles.cos(), angles.sin()), dim=1), torch.where(runs, rows.lengths, 0))
 
 
-def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor) -> StepInputs:
+def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, frequencies: torch.Tensor) -> StepInputs:
     """Counters of rows that run are moved on in place; a row whose token is a stop token becomes idle for good.
 
-    embed: [vocab, d], dtype of hidden.  stop_ids: [E] int64.  All contiguous.  rows.tokens of rows that answer: ids.
+    embed: [vocab, d], dtype of hidden.  stop_ids: [E] int64.  frequencies: [D/2] fp32, as in Rope.  All contiguous.
+    rows.tokens of rows that answer: ids. Of a new token, all three position axes are the same.
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """
     hidden = rows.hidden
@@ -73,8 +76,9 @@ def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor) -> StepI
         expect(name, getattr(rows, name), (batch,), torch.int32, device)
     expect("embed", embed, (len(embed), hidden.shape[1]), hidden.dtype, device)
     expect("stop_ids", stop_ids, stop_ids.shape, torch.int64, device)
+    expect("frequencies", frequencies, (frequencies.numel(),), torch.float32, device)
     if runs_triton(hidden, embed):
         from vitalrt_kernels.gpu import begin_step as gpu
 
-        return gpu.begin_step(rows, embed, stop_ids)
-    return begin_step_reference(rows, embed, stop_ids)
+        return gpu.begin_step(rows, embed, stop_ids, frequencies)
+    return begin_step_reference(rows, embed, stop_ids, frequencies)

@@ -37,7 +37,7 @@ def head_argmax(
     Where launches overlap, head is read before the launch before has ended: none in flight may write it.
 
     tickets: [at least 1], from tickets.new_tickets.  Returns [M] int64, out where it is given: the lowest id of the
-    largest logit; a NaN counts as largest. Above 16 rows (int8: 64), and where `tuned` says so, the logits are written
+    largest logit; a NaN counts as largest. Where linear_decode leaves the product to cuBLAS, the logits are written
     after all.
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """

@@ -8,8 +8,9 @@ thread block (a row is 8 kB and sits in L2), which costs less than a launch and 
 the end, so that it delays no weight (several rows in fp16, which may not hold what is not divided yet, are normed by a
 launch of their own); SwiGLU and the residual are applied to the fp32 sums before their only rounding. Five launches
 make a layer instead of two dozen.
-That is so up to 16 rows. Above, and where a card is known to be faster so (`tuned`), cuBLAS multiplies between launches
-of their own; int8 goes 16 rows at a time up to 64, and then as numbers of the rows' dtype to cuBLAS as well.
+That is so for one row, and for up to 16 where a card is known to be faster so (`tuned`). For others, and for a single
+one where `tuned` says so, cuBLAS multiplies between launches of their own. int8 goes 16 rows at a time up to 64, and
+then as numbers of the rows' dtype to cuBLAS as well.
 
 Weights may be int8 with one fp32 scale per output channel (symmetric, weight-only): half the bytes, and since every
 int8 is exact in fp16 and bf16 the only new error is that of quantise_int8.
@@ -25,7 +26,9 @@ from torch.nn import functional as F
 
 from vitalrt_kernels.backend import expect, runs_triton, wide
 from vitalrt_kernels.rms_norm import rms_norm, rms_norm_reference
-from vitalrt_kernels.tuned import prefers_cublas
+from vitalrt_kernels.swiglu import swiglu as swiglu_of_rows
+from vitalrt_kernels.swiglu import swiglu_reference
+from vitalrt_kernels.tuned import prefers_cublas, tuned_tile
 
 MAX_ROWS = 16  # of one launch
 MAX_INT8_ROWS = 64  # four readings at a byte a weight; widening one for cuBLAS moves five
@@ -66,8 +69,7 @@ def linear_decode_reference(
     else:
         y = rows @ weight.to(rows.dtype).T
     if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+        y = swiglu_reference(y)
     if residual is not None:
         y = y + wide(residual)
     return y.to(x.dtype)
@@ -80,7 +82,7 @@ def linear_cublas(
     residual: torch.Tensor | None = None,
     swiglu: bool = False,
 ) -> torch.Tensor:
-    """As linear_decode: torch's product, each other part on its own, all rounded."""
+    """As linear_decode: torch's product, each other part a launch of its own, all rounded."""
     rows = x if norm is None else rms_norm(x, norm.weight, norm.eps)
     assert isinstance(rows, torch.Tensor)
     if isinstance(weight, Int8Weight):
@@ -90,8 +92,7 @@ def linear_cublas(
     else:
         y = F.linear(rows, weight)
     if swiglu:
-        gate, up = y.chunk(2, dim=-1)
-        y = F.silu(gate) * up
+        y = swiglu_of_rows(y)
     return y if residual is None else y + residual
 
 
@@ -107,11 +108,13 @@ def linear_decode(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
     swiglu: bool = False,
+    early: bool = False,
 ) -> torch.Tensor:
     """x: [M, d].  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
 
     norm: RMSNorm of x first (as rms_norm).  swiglu: weight is [gate | up] and the result has N / 2 columns.
     Where launches overlap, weight is read before the launch before has ended: none in flight may write it.
+    early: the next launch may begin before this one has waited for its inputs, as another linear_decode may.
     Returns [M, N].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """
@@ -133,7 +136,7 @@ def linear_decode(
 
     pieces = [
         gpu.linear_decode(
-            x[i : i + MAX_ROWS], weight, norm, None if residual is None else residual[i : i + MAX_ROWS], swiglu
+            x[i : i + MAX_ROWS], weight, norm, None if residual is None else residual[i : i + MAX_ROWS], swiglu, early
         )
         for i in range(0, max(1, len(x)), MAX_ROWS)
     ]
@@ -144,7 +147,9 @@ def is_for_cublas(x: torch.Tensor, weight: torch.Tensor | Int8Weight) -> bool:
     """On a CUDA device."""
     if isinstance(weight, Int8Weight):
         return len(x) > MAX_INT8_ROWS
-    return len(x) > MAX_ROWS or prefers_cublas(len(x), weight)
+    if len(x) == 1:
+        return prefers_cublas(1, weight)
+    return len(x) > MAX_ROWS or tuned_tile(len(x), weight) is None
 
 
 def check_rows(x: torch.Tensor) -> None:

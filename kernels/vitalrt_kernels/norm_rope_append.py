@@ -25,6 +25,15 @@ class Rope(NamedTuple):
     axis: torch.Tensor
 
 
+def turn_reference(
+    qk: torch.Tensor, norm_weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """qk: [T, H + G, D].  cos, sin: [T, D/2]."""
+    low, high = wide(rms_norm_reference(qk, norm_weight, eps)).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qk.dtype)
+
+
 def norm_rope_append_reference(
     qkv: torch.Tensor,
     norm_weight: torch.Tensor,
@@ -38,11 +47,8 @@ def norm_rope_append_reference(
     num_kv_heads = k_cache.shape[1]
     num_qk_heads = qkv.shape[1] - num_kv_heads
     qk, v = qkv.split((num_qk_heads, num_kv_heads), dim=1)
-    low, high = wide(rms_norm_reference(qk, norm_weight, eps)).chunk(2, dim=-1)
-    of_frequency = positions[rope.axis]
-    angles = (of_frequency.T.float() * rope.frequencies).to(low.dtype)[:, None]  # positions and angles are fp32 always
-    cos, sin = angles.cos(), angles.sin()
-    qk = torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qkv.dtype)
+    angles = (positions[rope.axis].T.float() * rope.frequencies).to(wide(qk).dtype)  # of fp32 always
+    qk = turn_reference(qk, norm_weight, eps, angles.cos(), angles.sin())
     q, k = qk.split((num_qk_heads - num_kv_heads, num_kv_heads), dim=1)
     stored = slots >= 0
     kv_append(k_cache, v_cache, k[stored], v[stored], slots[stored])

@@ -18,17 +18,17 @@ from typing import NamedTuple
 import torch
 
 from vitalrt_kernels.backend import expect, runs_triton, wide
-from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append_reference
+from vitalrt_kernels.kv_append import kv_append
+from vitalrt_kernels.norm_rope_append import turn_reference
 from vitalrt_kernels.tickets import check_tickets
 
 
 class Append(NamedTuple):
-    """norm_weight: [H + G, D].  positions: [B] int64, the same on all axes.  frequencies: [D/2] fp32, as in Rope."""
+    """norm_weight: [H + G, D].  turns: [B, D] fp32, cosines and then sines, as begin_step gives them."""
 
     norm_weight: torch.Tensor
     eps: float
-    positions: torch.Tensor
-    frequencies: torch.Tensor
+    turns: torch.Tensor
 
 
 def paged_attention_reference(
@@ -44,10 +44,11 @@ def paged_attention_reference(
         newest = (lengths.long() - 1).clamp(min=0)
         page = pages.long().gather(1, newest[:, None] // page_size)[:, 0]
         slots = torch.where(lengths > 0, page * page_size + newest % page_size, -1)
-        rope = Rope(append.frequencies, torch.zeros_like(append.frequencies, dtype=torch.int64))
-        q = norm_rope_append_reference(
-            q, append.norm_weight, append.eps, append.positions.expand(3, -1), rope, k_cache, v_cache, slots
-        )
+        qk, v = q.split((q.shape[1] - v_cache.shape[1], v_cache.shape[1]), dim=1)
+        qk = turn_reference(qk, append.norm_weight, append.eps, *append.turns.chunk(2, dim=1))
+        q, k = qk.split((qk.shape[1] - k_cache.shape[1], k_cache.shape[1]), dim=1)
+        stored = slots >= 0
+        kv_append(k_cache, v_cache, k[stored], v[stored], slots[stored])
     attended = []
     for row, length in enumerate(lengths.tolist()):
         positions = torch.arange(length, device=q.device)
@@ -68,6 +69,7 @@ def paged_attention(
     page_size: int,
     tickets: torch.Tensor,
     append: Append | None = None,
+    early: bool = False,
 ) -> torch.Tensor:
     """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only without append.  One dtype, all contiguous.
 
@@ -76,6 +78,7 @@ def paged_attention(
     tickets: [at least B * G], from tickets.new_tickets.
     append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
     caches modified: k and v of each row that is not idle go to the slot of its last position.
+    early: as of linear_decode.
     Returns [B, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").
@@ -98,11 +101,10 @@ def paged_attention(
         if head_dim % 2:
             raise ValueError(f"q: expected an even head dim to rotate, got {head_dim}")
         expect("append.norm_weight", append.norm_weight, (num_heads + num_kv_heads, head_dim), q.dtype, q.device)
-        expect("append.positions", append.positions, (batch,), torch.int64, q.device)
-        expect("append.frequencies", append.frequencies, (head_dim // 2,), torch.float32, q.device)
+        expect("append.turns", append.turns, (batch, head_dim), torch.float32, q.device)
     check_tickets(tickets, batch * num_kv_heads, q.device)
     if runs_triton(q, k_cache, v_cache):
         from vitalrt_kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append)
+        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append, early)
     return paged_attention_reference(q, k_cache, v_cache, pages, lengths, page_size, append)

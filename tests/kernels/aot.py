@@ -74,7 +74,7 @@ def launch_begin_step(rows: int) -> None:
 
     counters = [meta(rows, dtype=torch.int32) for _ in range(4)]
     state = Rows(meta(rows, d), meta(rows, dtype=torch.int64), *counters)
-    gpu.begin_step(state, meta(VOCAB, d), meta(2, dtype=torch.int64))
+    gpu.begin_step(state, meta(VOCAB, d), meta(2, dtype=torch.int64), meta(D // 2, dtype=torch.float32))
 
 
 def launch_rms_norm() -> None:
@@ -151,7 +151,7 @@ def launch_paged_attention(rows: int) -> None:
     tickets = meta(rows * G, dtype=torch.int32)
     caches = meta(SLOTS, G, D), meta(SLOTS, G, D)
     gpu.paged_attention(meta(rows, H, D), *caches, pages, lengths, PAGE, tickets, None)
-    append = Append(meta(H + G, D), 1e-6, meta(rows, dtype=torch.int64), meta(D // 2, dtype=torch.float32))
+    append = Append(meta(H + G, D), 1e-6, meta(rows, D, dtype=torch.float32))
     gpu.paged_attention(meta(rows, H + 2 * G, D), *caches, pages, lengths, PAGE, tickets, append)
 
 

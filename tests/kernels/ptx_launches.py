@@ -20,7 +20,7 @@ from vitalrt_kernels.gpu import overlap
 
 CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "90"))
 # May be touched while the launch before runs: what no launch writes, and of attention that appends the past.
-EARLY = {"weight_ptr", "scale_ptr", "head_ptr", "k_ptr", "v_ptr", "pages_ptr", "lengths_ptr", "positions_ptr"}
+EARLY = {"weight_ptr", "scale_ptr", "head_ptr", "k_ptr", "v_ptr", "pages_ptr", "lengths_ptr", "turns_ptr", "norm_ptr"}
 
 compile_and_launch = JITFunction.run
 

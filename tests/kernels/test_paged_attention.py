@@ -46,8 +46,15 @@ def test_kernel(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wron
     assert not bool(tickets.any())
 
 
+def frequencies_of(head_dim: int) -> torch.Tensor:
+    return 1e-4 ** torch.linspace(0, 1, head_dim // 2)
+
+
 def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str):
-    """As random_case, with q, k and v as projected, and NaN where the new keys and values are to go."""
+    """As random_case, with q, k and v as projected, and NaN where the new keys and values are to go.
+
+    Every new token is at a position of its own, that of its row times 1000.
+    """
     _, *caches, pages, row_lengths, page_size = random_case(lengths, heads, kv_heads, head_dim, dtype, device)
     for row, length in enumerate(lengths):
         if length:
@@ -56,9 +63,9 @@ def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dt
                 cache[slot] = float("nan")
     qkv = (3 * torch.randn(len(lengths), heads + 2 * kv_heads, head_dim)).to(device, dtype)
     norm = (1 + torch.randn(heads + kv_heads, head_dim) / 4).to(device, dtype)
-    positions = torch.randint(0, 2**18, (len(lengths),), device=device)
-    frequencies = (1e-4 ** torch.linspace(0, 1, head_dim // 2)).to(device)
-    return (qkv, *caches, pages, row_lengths, page_size), Append(norm, 1e-6, positions, frequencies)
+    angles = 1000.0 * torch.arange(len(lengths))[:, None] * frequencies_of(head_dim)
+    turns = torch.cat((angles.cos(), angles.sin()), dim=1).to(device)
+    return (qkv, *caches, pages, row_lengths, page_size), Append(norm, 1e-6, turns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -95,11 +102,10 @@ def test_appending_is_norm_rope_append_and_then_attention() -> None:
     case, append = append_case([9, 0, 4], 6, 2, 8, torch.float32, "cpu")
     qkv, k_cache, v_cache, pages, lengths, page_size = case
     caches = k_cache.clone(), v_cache.clone()
-    rope = Rope(append.frequencies, torch.zeros(4, dtype=torch.int64))
+    rope = Rope(frequencies_of(8), torch.zeros(4, dtype=torch.int64))
     slots = torch.tensor([int(pages[0, 2]) * PAGE, -1, int(pages[2, 0]) * PAGE + 3])
-    q = norm_rope_append(
-        qkv, append.norm_weight, append.eps, append.positions.expand(3, -1).contiguous(), rope, *caches, slots
-    )
+    positions = 1000 * torch.arange(3).expand(3, -1).contiguous()
+    q = norm_rope_append(qkv, append.norm_weight, append.eps, positions, rope, *caches, slots)
     apart = paged_attention(q, *caches, pages, lengths, page_size, new_tickets(6, "cpu"))
     assert torch.equal(paged_attention(*case, new_tickets(6, "cpu"), append), apart)
     assert torch.equal(k_cache.nan_to_num(7), caches[0].nan_to_num(7)) and bool(k_cache[slots[::2]].isfinite().all())
@@ -145,8 +151,8 @@ def test_bad_arguments(index: int, bad: torch.Tensor, says: str) -> None:
     ("changes", "says"),
     [
         ({"norm_weight": torch.ones(6, 8)}, "append.norm_weight: expected"),
-        ({"positions": torch.ones(2, dtype=torch.int32)}, "append.positions: expected"),
-        ({"frequencies": torch.ones(8)}, "append.frequencies: expected"),
+        ({"turns": torch.ones(2, 8).double()}, "append.turns: expected"),
+        ({"turns": torch.ones(1, 8)}, "append.turns: expected"),
     ],
 )
 def test_bad_append(changes: dict[str, torch.Tensor], says: str) -> None:

@@ -19,16 +19,16 @@ SLICES_AT_ONCE = {1: 4096, MAX_ROWS: 256}  # by rows of the tile: what fits in r
 def _head_argmax_kernel(
     h_ptr, head_ptr, scale_ptr, best_ptr, best_id_ptr, ticket_ptr, token_ptr, num_rows, vocab, width,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    WARPS: tl.constexpr, FETCHED: tl.constexpr, SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
+    WARPS: tl.constexpr, SLICES_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.arange(0, ROWS)
     first = tl.program_id(0) * BLOCK_N
     ids = first + tl.arange(0, BLOCK_N)
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
-    logits, _ = times_weight(
-        h_ptr, num_rows, None, 0.0, head_ptr, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES, WARPS,
-        FETCHED, OVERLAPS,
+    logits, _, _ = times_weight(
+        h_ptr, num_rows, None, 0.0, head_ptr, None, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES, WARPS,
+        OVERLAPS, False,
     )  # fmt: skip
     if scale_ptr is not None:
         logits *= scale
@@ -56,11 +56,6 @@ def _head_argmax_kernel(
         tl.store(token_ptr + rows, token.to(tl.int64), mask=rows < num_rows)
 
 
-def default_tile(h: torch.Tensor, head: torch.Tensor) -> Tile:
-    """Wide for one row, so that fewer blocks have a slice of their own to hand in."""
-    return Tile(8, 2048, stages=1, warps=8) if len(h) == 1 else linear_decode.default_tile(h, head, swiglu=False)
-
-
 def head_argmax(
     h: torch.Tensor,
     head: torch.Tensor | Int8Weight,
@@ -70,8 +65,8 @@ def head_argmax(
 ) -> None:
     """Into tokens, [M].  tile: None for the tuned one, or else the default."""
     values, scale = head if isinstance(head, Int8Weight) else (head, None)
-    tile = tile or tuned_tile(len(h), values) or default_tile(h, values)
-    of_tile = options(len(h), values, tile)
+    tile = tile or tuned_tile(len(h), values) or linear_decode.default_tile(h, values, swiglu=False)
+    of_tile = options(len(h), tile)
     num_slices = triton.cdiv(len(values), tile.outputs)
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)
     best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)

@@ -6,10 +6,11 @@ import triton.language as tl
 
 from vitalrt_kernels.gpu.overlap import overlap_options
 from vitalrt_kernels.gpu.rms_norm import rms_norm
-from vitalrt_kernels.gpu.rows_times_weight import FEW_OUTPUTS, options, times_weight
+from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
+FEW_OUTPUTS = 4096
 BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}
 
 
@@ -17,7 +18,7 @@ BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}
 def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, WARPS: tl.constexpr, FETCHED: tl.constexpr, OVERLAPS: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up."""
     first = tl.program_id(0) * BLOCK_N
@@ -30,9 +31,9 @@ def _linear_decode_kernel(
         scale = tl.load(scale_ptr + outputs, mask=is_output, other=0.0)[None, :]
         if SWIGLU:
             up_scale = tl.load(scale_ptr + num_outputs + outputs, mask=is_output, other=0.0)[None, :]
-    y, up = times_weight(
-        x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
-        STAGES, WARPS, FETCHED, OVERLAPS,
+    y, up, residual = times_weight(
+        x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS, BLOCK_N,
+        BLOCK_K, STAGES, WARPS, OVERLAPS, EARLY,
     )  # fmt: skip
     if scale_ptr is not None:
         y *= scale
@@ -44,29 +45,28 @@ def _linear_decode_kernel(
     inside = (rows < num_rows)[:, None] & is_output[None, :]
     cells = rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+        y += residual
     tl.store(y_ptr + cells, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def default_tile(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tile:
-    """weight: as stored. What counts is bytes on their way: at the shapes of Qwen3-VL-8B, 30 kB or more to each
-    multiprocessor of an H200, of all blocks that fit, or that there are.
+    """weight: as stored. As measured on an H200 at the shapes of Qwen3-VL-8B, whose O and down have few outputs.
 
-    One row: where there are few outputs (O, down), so few blocks, they are wider. Bytes leave time for few
-    instructions, so that what is done to x has to serve more outputs.
+    One row: what counts is bytes on their way, and that what is done to x serves many of them.
     More rows: each block reads all of x from L2, which for 16 rows is as much as 16 rows of weights in 16 bits; so it
     has 32 or more.
     """
     itemsize = weight.itemsize
-    if len(x) == 1:
-        columns = (2048 if len(weight) <= FEW_OUTPUTS else 1024) // itemsize
-        outputs = (8 if itemsize == 1 else 4) // (2 if swiglu else 1)
-        return Tile(outputs, columns, stages=1, warps=max(1, columns // 256))
-    if x.dtype == torch.float32:  # served by nobody; a wider one with SwiGLU fits not everywhere
-        return Tile(32, 128, stages=2, warps=8)
-    if swiglu and itemsize == 1:
-        return Tile(32, 256, stages=4, warps=8)
-    return Tile(32, 512 // itemsize, stages=3, warps=8)
+    if len(x) > 1:
+        # fp32 is served by nobody; a wider one with SwiGLU fits not everywhere
+        return Tile(32, 128, stages=2, warps=8) if itemsize == 4 else Tile(32, 256, stages=3, warps=4)
+    if itemsize == 4:
+        return Tile(4, 256, stages=1, warps=1)
+    if len(weight) <= FEW_OUTPUTS:
+        return Tile(8, 2048, stages=1, warps=8)
+    if itemsize == 1:
+        return Tile(8, 1024, stages=1, warps=4)
+    return Tile(8, 512, stages=1, warps=2) if swiglu else Tile(16, 1024, stages=1, warps=4)
 
 
 def linear_decode(
@@ -75,6 +75,7 @@ def linear_decode(
     norm: Norm | None,
     residual: torch.Tensor | None,
     swiglu: bool,
+    early: bool = False,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """tile: None for the tuned one, or else the default."""
@@ -91,6 +92,6 @@ def linear_decode(
         tile = tile or tuned_tile(len(x), values) or default_tile(x, values, swiglu)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
-            **options(len(x), values, tile), **overlap_options(x),
+            EARLY=early, **options(len(x), tile), **overlap_options(x),
         )  # fmt: skip
     return y

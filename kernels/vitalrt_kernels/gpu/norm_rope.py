@@ -1,11 +1,14 @@
-"""What norm_rope_append and paged_attention share: RMSNorm and M-RoPE of heads of q or k."""
+"""What kernels that make heads of q and k ready share: RMSNorm and M-RoPE.
+
+A head's halves turn together, so they are kept apart: cell i of one is turned with cell i of the other.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _cos_sin(angle):
+def cos_sin(angle):
     """angle: fp32, of any size. Both from one reduction, which fp64 keeps exact where positions are large: libdevice's
     own takes a stack for those. Polynomials of Cephes, an ulp or two over a quarter turn."""
     wide = angle.to(tl.float64)
@@ -27,32 +30,33 @@ def _cos_sin(angle):
 
 
 @triton.jit
-def _load_normed(x_ptr, norm_ptr, cells, inside, rstd):
-    """fp32, rounded as x is: once normalised, and once times its weight."""
-    dtype = x_ptr.dtype.element_ty
-    x = tl.load(x_ptr + cells, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(norm_ptr + cells, mask=inside, other=0.0).to(tl.float32)
-    return ((x * rstd).to(dtype).to(tl.float32) * weight).to(dtype).to(tl.float32)
+def load_heads(ptr, heads, is_head, head_dim, HALF: tl.constexpr):
+    """Both halves of these heads of [.., D], each [heads, HALF]; zero outside."""
+    i = tl.arange(0, HALF)
+    half = head_dim // 2
+    inside = is_head[:, None] & (i < half)[None, :]
+    cells = heads[:, None] * head_dim + i[None, :]
+    low = tl.load(ptr + cells, mask=inside, other=0.0)
+    high = tl.load(ptr + half + cells, mask=inside, other=0.0)
+    return low, high
 
 
 @triton.jit
-def load_turned(x_ptr, norm_ptr, heads, is_head, position, frequency_ptr, eps, head_dim, BLOCK_D: tl.constexpr):
-    """[heads, BLOCK_D], dtype of x: what attention takes; zero outside.
+def turned(low, high, low_weight, high_weight, cos, sin, eps, head_dim):
+    """Halves of heads, normed and rotated, as they came in: what attention takes.
 
-    x: [.., D], norm: [.., D], both with these heads.  position: one, or that of each cell of a head [BLOCK_D].
-    A head's halves turn together: each cell is computed from itself and from its partner in the other half.
+    All but cos and sin, which are of every cell of a half [HALF], as load_heads gives them.
     """
-    i = tl.arange(0, BLOCK_D)
-    half = head_dim // 2
-    in_head = i < head_dim
-    inside = is_head[:, None] & in_head[None, :]
-    cells = heads[:, None] * head_dim + i[None, :]
-    partners = heads[:, None] * head_dim + tl.where(i < half, i + half, i - half)[None, :]
-    x = tl.load(x_ptr + cells, mask=inside, other=0.0).to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(x * x, 1) / head_dim + eps)[:, None]
-    own = _load_normed(x_ptr, norm_ptr, cells, inside, rstd)
-    partner = _load_normed(x_ptr, norm_ptr, partners, inside, rstd)
-    frequency = tl.load(frequency_ptr + tl.where(i < half, i, i - half), mask=in_head, other=0.0)
-    cos, sin = _cos_sin(position.to(tl.float32) * frequency)
-    turned = own * cos[None, :] + tl.where(i < half, -1.0, 1.0)[None, :] * partner * sin[None, :]
-    return turned.to(x_ptr.dtype.element_ty)
+    wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide_low * wide_low + wide_high * wide_high, 1) / head_dim + eps)[:, None]
+    normed_low, normed_high = _normed(low, low_weight, rstd), _normed(high, high_weight, rstd)
+    cos, sin = cos[None, :], sin[None, :]
+    turned_low, turned_high = normed_low * cos - normed_high * sin, normed_high * cos + normed_low * sin
+    return turned_low.to(low.dtype), turned_high.to(low.dtype)
+
+
+@triton.jit
+def _normed(x, weight, rstd):
+    """fp32, rounded as x is: once normalised, and once times its weight."""
+    normed = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
+    return (normed * weight.to(tl.float32)).to(x.dtype).to(tl.float32)

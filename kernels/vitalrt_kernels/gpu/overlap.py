@@ -29,21 +29,25 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
 
 
 @triton.jit
-def wait_for_previous(OVERLAPS: tl.constexpr):
-    """The next kernel may be set up from here on: all blocks of this one that have begun have what they need."""
+def wait_for_previous(OVERLAPS: tl.constexpr, EARLY: tl.constexpr = False):
+    """The next kernel may be set up from here on, once all blocks of this one have come here: it has what it needs.
+
+    EARLY: and it may before this one has waited, since before it waits it reads what no launch writes.
+    """
     if OVERLAPS:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
 
 
 @triton.jit
-def fetch_rows(weight_ptr, rows, num_rows, width, BYTES: tl.constexpr, OVERLAPS: tl.constexpr):
-    """Ask for the first BYTES of each of these rows of a weight to be brought to L2, and wait for nothing."""
+def fetch(ptr, size, BYTES: tl.constexpr, OVERLAPS: tl.constexpr):
+    """Ask for the first BYTES of `size` numbers to be brought to L2, and wait for nothing."""
     if OVERLAPS:
-        COLUMNS: tl.constexpr = LINE * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
-        inside = tl.minimum(rows, num_rows - 1).to(tl.int64)
-        columns = tl.minimum(tl.arange(0, BYTES // LINE) * COLUMNS, width - 1)
-        lines = weight_ptr + inside[:, None] * width + columns[None, :]
+        NUMBERS: tl.constexpr = LINE * 8 // ptr.dtype.element_ty.primitive_bitwidth
+        lines = ptr + tl.minimum(tl.arange(0, BYTES // LINE) * NUMBERS, size - 1)
         tl.inline_asm_elementwise(
             "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
         )

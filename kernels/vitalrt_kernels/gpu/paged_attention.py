@@ -1,52 +1,84 @@
 """Triton form of paged_attention: split along the context, combined by the last split of each key/value head.
 
-Appending, every split computes the new key and value for itself and one of them stores them: nothing has to be read
-that another one writes, and no more than q, k and v as projected comes from the launch before. So the context is loaded
-before that has ended. Query heads are made ready anew in every split: a kilobyte, from L2.
+Appending, every split computes the new key for itself and one of them stores it: nothing has to be read that another
+one writes, and no more than q, k and v as projected comes from the launch before. So the context is loaded before that
+has ended. Query heads are made ready anew in every split: a kilobyte, from L2. What the new token adds is no part of a
+split: the block that combines them begins with it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.norm_rope import load_turned
-from vitalrt_kernels.gpu.overlap import fetch_rows, overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.norm_rope import load_heads, turned
+from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.paged_attention import Append
 
 BLOCKS_PER_SM = {"_paged_attention_kernel": 2}
 BLOCK_L = 64
+WARPS = 4
 MIN_GROUP = 16  # rows of a tensor core product; smaller groups are padded
 MAX_SPLITS = 32
-NORM_BYTES = tl.constexpr(256)  # of each head's
 TARGET_BLOCKS = 264  # two per multiprocessor of an H200
-PART_CELLS = 8192  # of splits, held in registers at once while combining: 16 splits of 4 heads of 128
+PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 splits of 4 heads of 128
 
 
 @triton.jit
 def _load_block(
-    k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim,
-    PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """Keys and values [BLOCK_L, BLOCK_D] from position `start` on, zeros from `stop` on.  pages: of this sequence.
+    """Keys in two halves [BLOCK_L, HALF] and values [BLOCK_L, BLOCK_D] from position `start` on, zeros from `stop` on.
 
-    From L2: L1 may hold what was there before an earlier launch wrote, until this one has waited for the one before it.
+    pages: of this sequence.  From L2: L1 may hold what was there before an earlier launch wrote, until this one has
+    waited for the one before it.
     """
     position = start + tl.arange(0, BLOCK_L)
-    i = tl.arange(0, BLOCK_D)
     is_context = position < stop
-    page = tl.load(pages_ptr + position // PAGE_SIZE, mask=is_context, other=0, cache_modifier=".cg")
-    slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
-    cells = (slot * num_kv_heads + kv_head)[:, None] * head_dim + i[None, :]
+    if BLOCK_L % PAGE_SIZE == 0:  # whole pages: few loads, at once
+        own = start // PAGE_SIZE + tl.arange(0, BLOCK_L // PAGE_SIZE)
+        page = tl.load(pages_ptr + own, mask=own * PAGE_SIZE < stop, other=0, cache_modifier=".cg")
+        slots = page.to(tl.int64)[:, None] * PAGE_SIZE + tl.arange(0, PAGE_SIZE)[None, :]
+        slot = tl.reshape(slots, [BLOCK_L])
+    else:
+        page = tl.load(pages_ptr + position // PAGE_SIZE, mask=is_context, other=0, cache_modifier=".cg")
+        slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
+    first = (slot * num_kv_heads + kv_head)[:, None] * head_dim
+    low, high = _load_halves(k_ptr, first, is_context, head_dim, HALF)
+    i = tl.arange(0, BLOCK_D)
     inside = is_context[:, None] & (i < head_dim)[None, :]
-    keys = tl.load(k_ptr + cells, mask=inside, other=0.0, cache_modifier=".cg")
-    return keys, tl.load(v_ptr + cells, mask=inside, other=0.0, cache_modifier=".cg")
+    return low, high, tl.load(v_ptr + first + i[None, :], mask=inside, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _attend(q, keys, values, is_context, scale, largest, total, out):
-    """Online softmax in base 2: largest, total and out with these keys and values taken in."""
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+def _load_halves(ptr, first, is_row, head_dim: tl.constexpr, HALF: tl.constexpr):
+    """The halves of rows that begin at `first` [N, 1], each [N, HALF]; zero outside. Where D is odd, the second has
+    one cell more."""
+    i = tl.arange(0, HALF)[None, :]
+    half = head_dim // 2
+    low = tl.load(ptr + first + i, mask=is_row[:, None] & (i < half), other=0.0, cache_modifier=".cg")
+    high = tl.load(
+        ptr + first + half + i, mask=is_row[:, None] & (i < head_dim - half), other=0.0, cache_modifier=".cg"
+    )
+    return low, high
+
+
+@triton.jit
+def _filled_up(x, ROWS: tl.constexpr):
+    """[ROWS, N]: zeros below the rows of x, both powers of two."""
+    if x.shape[0] >= ROWS:
+        return x
+    else:
+        doubled = tl.trans(tl.join(x, tl.zeros_like(x)), 2, 0, 1)
+        return _filled_up(tl.reshape(doubled, [2 * x.shape[0], x.shape[1]]), ROWS)
+
+
+@triton.jit
+def _attend(q_low, q_high, low, high, values, is_context, scale, largest, total, out):
+    """Online softmax in base 2: largest, total and out with these keys, in halves, and values taken in."""
+    scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
+    scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee") * scale
     scores = tl.where(is_context[None, :], scores, float("-inf"))
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - new_largest[:, None])
@@ -58,95 +90,99 @@ def _attend(q, keys, values, is_context, scale, largest, total, out):
 
 @triton.jit
 def _combined(
-    part_ptr, part_max_ptr, part_sum_ptr, first, num_splits, group, head_dim,
-    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
+    largest, total, out, part_ptr, part_max_ptr, part_sum_ptr, first, num_splits, group: tl.constexpr,
+    head_dim: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """[MEMBERS, BLOCK_D] fp32 of splits first .. first + num_splits - 1; zeros if these have seen nothing.
+    """[MEMBERS, BLOCK_D] fp32, of these [MEMBERS], [MEMBERS], [MEMBERS, BLOCK_D] and splits first .. first + num_splits
+    - 1 with them; zeros if nothing has been seen.
 
-    Up to SPLITS_AT_ONCE are asked for together, not one after the other, each a trip to L2.
+    SPLITS_AT_ONCE are asked for together, not one after the other, each a trip to L2. A cell's splits are summed by the
+    thread that has the cell: nothing moves between threads.
     """
     head = tl.arange(0, MEMBERS)
     i = tl.arange(0, BLOCK_D)
-    largest = tl.full([MEMBERS], -1e30, tl.float32)
-    total = tl.zeros([MEMBERS], tl.float32)
-    out = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
     for start in range(0, num_splits, SPLITS_AT_ONCE):
-        split = start + tl.arange(0, SPLITS_AT_ONCE)[:, None]
-        is_part = (split < num_splits) & (head < group)[None, :]
-        parts = (first + split) * group + head[None, :]
-        maxima = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
-        sums = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
-        cells = parts[:, :, None] * head_dim + i[None, None, :]
-        is_cell = is_part[:, :, None] & (i < head_dim)[None, None, :]
-        outs = tl.load(part_ptr + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
-        new_largest = tl.maximum(largest, tl.max(maxima, 0))
-        share = tl.exp2(maxima - new_largest[None, :])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(sums * share, 0)
-        out = out * shrink[:, None] + tl.sum(outs * share[:, :, None], 0)
-        largest = new_largest
+        for of_these in tl.static_range(SPLITS_AT_ONCE):
+            split = tl.where(head < group, start + of_these, num_splits)
+            is_part = split < num_splits
+            parts = (first + start + of_these) * group + head
+            maximum = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
+            part_sum = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
+            is_cell = is_part[:, None] & (i < head_dim)[None, :]
+            cells = parts[:, None] * head_dim + i[None, :]
+            part = tl.load(part_ptr + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
+            new_largest = tl.maximum(largest, maximum)
+            share, shrink = tl.exp2(maximum - new_largest), tl.exp2(largest - new_largest)
+            total = total * shrink + part_sum * share
+            out = out * shrink[:, None] + part * share[:, None]
+            largest = new_largest
     return out / tl.where(total > 0, total, 1.0)[:, None]
 
 
 @triton.jit
 def _paged_attention_kernel(
-    q_ptr, norm_ptr, positions_ptr, frequency_ptr, eps, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr, part_ptr,
-    part_max_ptr, part_sum_ptr, tickets_ptr, num_kv_heads, group, head_dim, num_pages, scale,
-    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_L: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
+    q_ptr, norm_ptr, turns_ptr, eps, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr, part_ptr,
+    part_max_ptr, part_sum_ptr, tickets_ptr, num_pages, scale, num_kv_heads: tl.constexpr, group: tl.constexpr,
+    head_dim: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_L: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """q: as it is scored, or, where there is a norm, q, k and v as they were projected.
 
-    group: query heads per key/value head; GROUP and MEMBERS are the powers of two that it is padded to for tensor cores
-    and for combining.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32.
+    group: query heads per key/value head; MEMBERS is the power of two that it is padded to, GROUP what tensor cores
+    want.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32.
     A context of fewer blocks than SPLITS is split into as many as it has; an empty one has a split all the same.
     """
     APPENDS: tl.constexpr = norm_ptr is not None
     if not APPENDS:
-        wait_for_previous(OVERLAPS)  # keys and values may be of the launch before
+        wait_for_previous(OVERLAPS, EARLY)  # keys and values may be of the launch before
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     length = tl.load(lengths_ptr + row, cache_modifier=".cg")
-    num_blocks = tl.cdiv(length, BLOCK_L)
+    held = length
+    if APPENDS:
+        held = tl.maximum(length - 1, 0)  # in the cache; the new token is one more split, which every block knows
+    num_blocks = tl.cdiv(held, BLOCK_L)
     num_splits = tl.maximum(1, tl.minimum(num_blocks, SPLITS))
     first = num_blocks * split // num_splits * BLOCK_L
-    stop = tl.minimum(num_blocks * (split + 1) // num_splits * BLOCK_L, length)
+    stop = tl.minimum(num_blocks * (split + 1) // num_splits * BLOCK_L, held)
     if split < num_splits:
         pages_ptr += row * num_pages
-        held = stop
-        if APPENDS:
-            held = tl.minimum(stop, length - 1)
-        keys, values = _load_block(
-            k_ptr, v_ptr, pages_ptr, first, held, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D
+        low, high, values = _load_block(
+            k_ptr, v_ptr, pages_ptr, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
         )
         i = tl.arange(0, BLOCK_D)
         in_head = i < head_dim
-        member = tl.arange(0, GROUP)
-        heads = kv_head * group + member
-        in_group = (member < group)[:, None] & in_head[None, :]
+        member = tl.arange(0, MEMBERS)
+        is_member = member < group
         if APPENDS:
-            place = tl.load(positions_ptr + row, cache_modifier=".cg")
-            last = tl.maximum(length - 1, 0)
-            new_page = tl.load(pages_ptr + last // PAGE_SIZE, mask=length > 0, other=0, cache_modifier=".cg")
-            heads = tl.where(member < group, heads, num_kv_heads * group + kv_head)  # the new key is one of them
-            fetch_rows(norm_ptr, heads, (group + 1) * num_kv_heads, head_dim, NORM_BYTES, OVERLAPS)
-            wait_for_previous(OVERLAPS)
+            half = head_dim // 2
+            in_half = tl.arange(0, HALF) < half
+            cos_ptr = turns_ptr + row * head_dim + tl.arange(0, HALF)
+            cos = tl.load(cos_ptr, mask=in_half, other=0.0, cache_modifier=".cg")
+            sin = tl.load(cos_ptr + half, mask=in_half, other=0.0, cache_modifier=".cg")
+            new_page = tl.load(pages_ptr + held // PAGE_SIZE, mask=length > 0, other=0, cache_modifier=".cg")
+            heads = kv_head * group + member
+            k_head = num_kv_heads * group + kv_head + tl.arange(0, 1)
+            is_k = k_head >= 0
+            q_norm_low, q_norm_high = load_heads(norm_ptr, heads, is_member, head_dim, HALF)
+            k_norm_low, k_norm_high = load_heads(norm_ptr, k_head, is_k, head_dim, HALF)
+            wait_for_previous(OVERLAPS, EARLY)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
-            k_head = num_kv_heads * group + kv_head
-            v_cells = ((k_head + num_kv_heads) * head_dim + i)[None, :]
+            q_low, q_high = load_heads(qkv_ptr, heads, is_member, head_dim, HALF)
+            new_low, new_high = load_heads(qkv_ptr, k_head, is_k, head_dim, HALF)
+            v_cells = (k_head + num_kv_heads)[:, None] * head_dim + i[None, :]
             new_value = tl.load(qkv_ptr + v_cells, mask=in_head[None, :], other=0.0)
-            # At once, or q and k would be two trips to memory.
-            q = load_turned(qkv_ptr, norm_ptr, heads, member <= group, place, frequency_ptr, eps, head_dim, BLOCK_D)
-            new_key = tl.sum(tl.where((member == group)[:, None], q, 0.0), 0).to(q.dtype)
-            if (first < stop) & (stop == length):  # one split, and none where the row is idle
-                new_slot = new_page.to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
-                new_cells = (new_slot * num_kv_heads + kv_head) * head_dim + i
-                tl.store(k_ptr + new_cells, new_key, mask=in_head)
-                tl.store(v_ptr + new_cells[None, :], new_value, mask=in_head[None, :])
+            q_low, q_high = turned(q_low, q_high, q_norm_low, q_norm_high, cos, sin, eps, head_dim)
+            new_low, new_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
+            new_score = scale * tl.sum(
+                q_low.to(tl.float32) * new_low.to(tl.float32) + q_high.to(tl.float32) * new_high.to(tl.float32), 1
+            )
         else:
-            q_cells = (row * num_kv_heads * group + heads)[:, None] * head_dim + i[None, :]
-            q = tl.load(q_ptr + q_cells, mask=in_group, other=0.0)
+            q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
+            q_low, q_high = _load_halves(q_ptr, q_first, is_member, head_dim, HALF)
+        q_low, q_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
 
         # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.
         largest = tl.full([GROUP], -1e30, tl.float32)
@@ -154,30 +190,44 @@ def _paged_attention_kernel(
         out = tl.zeros([GROUP, BLOCK_D], tl.float32)
         for start in range(first, stop, BLOCK_L):
             if start > first:
-                keys, values = _load_block(
-                    k_ptr, v_ptr, pages_ptr, start, held, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D
-                )
-            position = start + tl.arange(0, BLOCK_L)
-            if APPENDS:
-                is_new = (position == length - 1)[:, None]
-                keys = tl.where(is_new, new_key[None, :], keys)
-                values = tl.where(is_new, new_value, values)
-            largest, total, out = _attend(q, keys, values, position < stop, scale, largest, total, out)
+                low, high, values = _load_block(
+                    k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D,
+                    HALF,
+                )  # fmt: skip
+            is_context = start + tl.arange(0, BLOCK_L) < stop
+            largest, total, out = _attend(q_low, q_high, low, high, values, is_context, scale, largest, total, out)
 
         pair = row * num_kv_heads + kv_head
-        part = (pair * SPLITS + split) * group + member
-        tl.store(part_max_ptr + part, largest, mask=member < group)
-        tl.store(part_sum_ptr + part, total, mask=member < group)
-        tl.store(part_ptr + part[:, None] * head_dim + i[None, :], out, mask=in_group)
+        padded = tl.arange(0, GROUP)
+        part = (pair * SPLITS + split) * group + padded
+        tl.store(part_max_ptr + part, largest, mask=padded < group)
+        tl.store(part_sum_ptr + part, total, mask=padded < group)
+        is_part = (padded < group)[:, None] & in_head[None, :]
+        tl.store(part_ptr + part[:, None] * head_dim + i[None, :], out, mask=is_part)
         if is_last_block(tickets_ptr + pair, num_splits):
+            largest_of_all = tl.full([MEMBERS], -1e30, tl.float32)
+            total_of_all = tl.zeros([MEMBERS], tl.float32)
+            out_of_all = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
+            if APPENDS:
+                is_live = length > 0
+                largest_of_all = tl.where(is_live, new_score, largest_of_all)
+                total_of_all += tl.where(is_live, 1.0, 0.0)
+                out_of_all += tl.where(is_live, new_value.to(tl.float32), 0.0)
             whole = _combined(
-                part_ptr, part_max_ptr, part_sum_ptr, pair * SPLITS, num_splits, group, head_dim,
-                MEMBERS, BLOCK_D, SPLITS_AT_ONCE,
+                largest_of_all, total_of_all, out_of_all, part_ptr, part_max_ptr, part_sum_ptr, pair * SPLITS,
+                num_splits, group, head_dim, MEMBERS, BLOCK_D, SPLITS_AT_ONCE,
             )  # fmt: skip
-            head = tl.arange(0, MEMBERS)
-            out_cells = (pair * group + head)[:, None] * head_dim + i[None, :]
-            is_out = (head < group)[:, None] & in_head[None, :]
+            out_cells = (pair * group + member)[:, None] * head_dim + i[None, :]
+            is_out = is_member[:, None] & in_head[None, :]
             tl.store(out_ptr + out_cells, whole.to(out_ptr.dtype.element_ty), mask=is_out)
+        if APPENDS:  # noqa: SIM102 - known when this is compiled. Last, as nobody in this launch waits for it
+            if (split == 0) & (length > 0):
+                new_slot = new_page.to(tl.int64) * PAGE_SIZE + held % PAGE_SIZE
+                new_first = (new_slot * num_kv_heads + kv_head) * head_dim
+                new_k_ptr = k_ptr + new_first + tl.arange(0, HALF)[None, :]
+                tl.store(new_k_ptr, new_low, mask=in_half[None, :])
+                tl.store(new_k_ptr + half, new_high, mask=in_half[None, :])
+                tl.store(v_ptr + new_first + i[None, :], new_value, mask=in_head[None, :])
 
 
 def paged_attention(
@@ -189,21 +239,21 @@ def paged_attention(
     page_size: int,
     tickets: torch.Tensor,
     append: Append | None,
+    early: bool = False,
 ) -> torch.Tensor:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
-    norm_weight = positions = frequencies = None
+    norm_weight = turns = None
     eps = 0.0
     if append is not None:
         num_heads -= 2 * num_kv_heads
-        norm_weight, eps, positions, frequencies = append
+        norm_weight, eps, turns = append
     group = num_heads // num_kv_heads
     out = q.new_empty(batch, num_heads, head_dim)
     if not batch:
         return out
     splits = num_splits(batch * num_kv_heads, pages.shape[1] * page_size)
     members = triton.next_power_of_2(group)
-    rows = triton.next_power_of_2(group + (append is not None))  # the new key is one of them
     block_d = max(16, triton.next_power_of_2(head_dim))
     parts = (batch, num_kv_heads, splits, group)
     part = q.new_empty(*parts, head_dim, dtype=torch.float32)
@@ -211,11 +261,12 @@ def paged_attention(
     # Warps that hold the same numbers sum them in the same place. Products fused into sums would make the last bits of
     # their sums differ, and which of them stays would be chance.
     _paged_attention_kernel[(batch, num_kv_heads, splits)](
-        q, norm_weight, positions, frequencies, eps, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum,
-        tickets, num_kv_heads, group, head_dim, pages.shape[1], 1.4426950408889634 * head_dim**-0.5,
-        PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, rows), MEMBERS=members, BLOCK_D=block_d,
-        BLOCK_L=BLOCK_L, SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=4,
-        num_stages=2, enable_fp_fusion=False, **overlap_options(q),
+        q, norm_weight, turns, eps, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum,
+        tickets, pages.shape[1], 1.4426950408889634 * head_dim**-0.5, num_kv_heads, group, head_dim,
+        PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d,
+        HALF=max(16, triton.next_power_of_2((head_dim + 1) // 2)), BLOCK_L=BLOCK_L,
+        SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=WARPS, num_stages=2,
+        enable_fp_fusion=False, EARLY=early, **overlap_options(q),
     )  # fmt: skip
     return out
 

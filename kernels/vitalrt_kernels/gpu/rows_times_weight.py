@@ -3,60 +3,61 @@
 The weight is read once and never again: evict_first keeps the rows in L2 instead.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import fetch_rows, wait_for_previous
+from vitalrt_kernels.gpu.overlap import fetch, wait_for_previous
 from vitalrt_kernels.gpu.widen import as_fp32
 from vitalrt_kernels.linear_decode import MAX_ROWS
 from vitalrt_kernels.tuned import Tile
 
-FEW_OUTPUTS = 4096  # of O, whose launch is the one that waits for attention, and of down
-NORM_BYTES = tl.constexpr(8192)  # of a norm's weight, which is fetched as weights are
+NORM_BYTES = tl.constexpr(8192)  # of a norm's weight, fetched before the launch before has ended
 
 
-def options(num_rows: int, weight: torch.Tensor, tile: Tile) -> dict[str, int]:
-    """What a kernel over times_weight is launched with.
-
-    FETCHED: bytes of each of a weight's rows, before the launch before has ended. More where there are few: before O
-    stands attention, which waits for memory but does not fill it, and of one row with a short context leaves room for
-    most of O's blocks beside its own.
-    """
-    fetched = 4096 if len(weight) <= FEW_OUTPUTS else 2048
-    return {"ROWS": 1 if num_rows == 1 else MAX_ROWS, "FETCHED": fetched, **tile.options()}
+def options(num_rows: int, tile: Tile) -> dict[str, int]:
+    """What a kernel over times_weight is launched with."""
+    return {"ROWS": 1 if num_rows == 1 else MAX_ROWS, **tile.options()}
 
 
 @triton.jit
 def times_weight(
-    x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, FETCHED: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rows, normed where there is a norm, times rows first .. first + BLOCK_N - 1 of the weight, and of `up`, or None.
 
-    Waits for the launch before, which makes x. Returns two [ROWS, BLOCK_N] fp32, the same one twice without `up`.
+    Waits for the launch before, which makes x. Returns three [ROWS, BLOCK_N] fp32: the products, those of `up` and the
+    residual, which is on its way while the weight is read; in place of what is None, the products once more.
     """
-    outputs = first + tl.arange(0, BLOCK_N)
-    fetch_rows(weight_ptr, outputs, num_outputs, width, FETCHED, OVERLAPS)
-    if up_ptr is not None:
-        fetch_rows(up_ptr, outputs, num_outputs, width, FETCHED, OVERLAPS)
     if norm_ptr is not None:
-        fetch_rows(norm_ptr, tl.arange(0, 1), 1, width, NORM_BYTES, OVERLAPS)
+        fetch(norm_ptr, width, NORM_BYTES, OVERLAPS)
     if ROWS == 1:
-        return _one_row(x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K, OVERLAPS)
+        return _one_row(
+            x_ptr, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K,
+            OVERLAPS, EARLY,
+        )  # fmt: skip
     else:
-        wait_for_previous(OVERLAPS)
+        wait_for_previous(OVERLAPS, EARLY)
         return _few_rows(
-            x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS, BLOCK_N, BLOCK_K,
-            STAGES, WARPS,
+            x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS, BLOCK_N,
+            BLOCK_K, STAGES, WARPS,
         )  # fmt: skip
 
 
 @triton.jit
+def _load_residual(residual_ptr, num_rows, first, num_outputs, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    rows = tl.arange(0, ROWS)
+    outputs = first + tl.arange(0, BLOCK_N)
+    inside = (rows < num_rows)[:, None] & (outputs < num_outputs)[None, :]
+    cells = rows.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
+    return tl.load(residual_ptr + cells, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _one_row(
-    x_ptr, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
+    x_ptr, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Multiplied and added by each thread for itself, so that the loop holds no reduction and no barrier.
 
@@ -80,7 +81,9 @@ def _one_row(
     if IS_AHEAD:
         columns = tl.arange(0, BLOCK_K)[None, :]
         weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
-    wait_for_previous(OVERLAPS)
+    wait_for_previous(OVERLAPS, EARLY)
+    if residual_ptr is not None:
+        residual = _load_residual(residual_ptr, 1, first, num_outputs, 1, BLOCK_N)
     for start in range(0, width, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
         if IS_AHEAD:
@@ -104,13 +107,15 @@ def _one_row(
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
         y *= rstd
+    y_of_up = y
     if up_ptr is not None:
         y_of_up = tl.sum(up_total, 1)[None, :]
         if norm_ptr is not None:
             y_of_up *= rstd
-        return y, y_of_up
+    if residual_ptr is not None:
+        return y, y_of_up, residual
     else:
-        return y, y
+        return y, y_of_up, y
 
 
 @triton.jit
@@ -151,7 +156,7 @@ def _even_and_odd(x):
 
 @triton.jit
 def _few_rows(
-    x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, first, num_outputs, width, ROWS: tl.constexpr,
+    x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """By tensor cores, which want 16 rows: each warp multiplies columns of its own, all outputs of the block.
@@ -164,6 +169,8 @@ def _few_rows(
     squares = tl.zeros([WARPS, ROWS, OF_WARP], tl.float32)
     total = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
     up_total = tl.zeros([WARPS, ROWS, BLOCK_N], tl.float32)
+    if residual_ptr is not None:
+        residual = _load_residual(residual_ptr, num_rows, first, num_outputs, ROWS, BLOCK_N)
     for start in tl.range(0, width, BLOCK_K, num_stages=STAGES):
         columns = start + own_columns
         x = _load_rows(x_ptr, tl.arange(0, ROWS), num_rows, width, columns, "evict_last")
@@ -181,13 +188,15 @@ def _few_rows(
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(tl.sum(squares, 2), 0) / width + eps)[:, None]
         y *= rstd
+    y_of_up = y
     if up_ptr is not None:
         y_of_up = tl.sum(up_total, 0)
         if norm_ptr is not None:
             y_of_up *= rstd
-        return y, y_of_up
+    if residual_ptr is not None:
+        return y, y_of_up, residual
     else:
-        return y, y
+        return y, y_of_up, y
 
 
 @triton.jit
