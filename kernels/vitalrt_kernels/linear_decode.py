@@ -108,13 +108,11 @@ def linear_decode(
     norm: Norm | None = None,
     residual: torch.Tensor | None = None,
     swiglu: bool = False,
-    early: bool = False,
 ) -> torch.Tensor:
     """x: [M, d].  weight: [N, d] of its dtype, or int8.  residual: as the result.  All contiguous.
 
     norm: RMSNorm of x first (as rms_norm).  swiglu: weight is [gate | up] and the result has N / 2 columns.
     Where launches overlap, weight is read before the launch before has ended: none in flight may write it.
-    early: the next launch may begin before this one has waited for its inputs, as another linear_decode may.
     Returns [M, N].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     """
@@ -136,7 +134,7 @@ def linear_decode(
 
     pieces = [
         gpu.linear_decode(
-            x[i : i + MAX_ROWS], weight, norm, None if residual is None else residual[i : i + MAX_ROWS], swiglu, early
+            x[i : i + MAX_ROWS], weight, norm, None if residual is None else residual[i : i + MAX_ROWS], swiglu
         )
         for i in range(0, max(1, len(x)), MAX_ROWS)
     ]

@@ -69,7 +69,6 @@ def paged_attention(
     page_size: int,
     tickets: torch.Tensor,
     append: Append | None = None,
-    early: bool = False,
 ) -> torch.Tensor:
     """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only without append.  One dtype, all contiguous.
 
@@ -78,7 +77,6 @@ def paged_attention(
     tickets: [at least B * G], from tickets.new_tickets.
     append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
     caches modified: k and v of each row that is not idle go to the slot of its last position.
-    early: as of linear_decode.
     Returns [B, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").
@@ -106,5 +104,5 @@ def paged_attention(
     if runs_triton(q, k_cache, v_cache):
         from vitalrt_kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append, early)
+        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append)
     return paged_attention_reference(q, k_cache, v_cache, pages, lengths, page_size, append)

@@ -58,6 +58,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def launch_all() -> None:
     """Each launcher at its production shapes."""
     launch_rms_norm()
+    launch_swiglu()
     launch_latent_projector()
     for rows in ROWS:
         launch_begin_step(rows)
@@ -82,6 +83,12 @@ def launch_rms_norm() -> None:
 
     gpu.rms_norm(meta(16, d), meta(d), 1e-6, None, meta(16, d))
     gpu.rms_norm(meta(16, d), meta(d), 1e-6, meta(16, d), None)
+
+
+def launch_swiglu() -> None:
+    from vitalrt_kernels.gpu import swiglu as gpu
+
+    gpu.swiglu(meta(500, 2 * INTERMEDIATE))
 
 
 def launch_latent_projector() -> None:
@@ -194,10 +201,7 @@ def read_block(options: dict[str, Any], named: dict[str, Any], grid: tuple[int, 
         "x": str(x.dtype).removeprefix("torch."),
         "rows": options["ROWS"],
         "weight": str(weight.dtype).removeprefix("torch."),
-        "fetched": options["BLOCK_N"] * options["FETCHED"] * matrices
-        + (NORM_BYTES if named.get("norm_ptr") is not None else 0),
-        "few_outputs": len(weight) <= 4096,
-        "fetched_a_row": options["FETCHED"],
+        "fetched": NORM_BYTES if named.get("norm_ptr") is not None else 0,
         "bytes_a_round": options["BLOCK_N"] * options["BLOCK_K"] * weight.itemsize * matrices,
         "stages": options["STAGES"],
         "blocks": grid[0],

@@ -115,10 +115,9 @@ def run_layer(
     attended = attend(layer, qkv).reshape(len(x), config.num_attention_heads * config.head_dim)
     if rows is not None:
         x, attended = x[rows], attended[rows]
-    # What follows each of these begins with weights, which nobody writes; what follows QKV does not.
-    x = linear_decode(attended, w.o, residual=x, early=True)
-    inner = linear_decode(x, w.gate_up, Norm(w.post_norm, weights.eps), swiglu=True, early=True)
-    return linear_decode(inner, w.down, residual=x, early=True)
+    x = linear_decode(attended, w.o, residual=x)
+    inner = linear_decode(x, w.gate_up, Norm(w.post_norm, weights.eps), swiglu=True)
+    return linear_decode(inner, w.down, residual=x)
 
 
 class DeviceStep:
@@ -241,7 +240,7 @@ class DeviceStep:
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             append = Append(weights.layers[layer].qk_norm, weights.eps, turns)
             caches, pages = (self.k_cache[layer], self.v_cache[layer]), self.pages[: len(z)]
-            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append, early=True)
+            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append)
 
         for layer in range(len(weights.layers)):
             x = run_layer(weights, layer, x, attend)

@@ -28,7 +28,7 @@ def _head_argmax_kernel(
         scale = tl.load(scale_ptr + ids, mask=ids < vocab, other=0.0)[None, :]
     logits, _, _ = times_weight(
         h_ptr, num_rows, None, 0.0, head_ptr, None, None, first, vocab, width, ROWS, BLOCK_N, BLOCK_K, STAGES, WARPS,
-        OVERLAPS, False,
+        OVERLAPS,
     )  # fmt: skip
     if scale_ptr is not None:
         logits *= scale

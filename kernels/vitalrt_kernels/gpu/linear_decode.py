@@ -11,14 +11,14 @@ from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
 from vitalrt_kernels.tuned import Tile, tuned_tile
 
 FEW_OUTPUTS = 4096
-BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 4, MAX_ROWS: 1}}
+BLOCKS_PER_SM = {"_linear_decode_kernel": {1: 2, MAX_ROWS: 1}}
 
 
 @triton.jit
 def _linear_decode_kernel(
     x_ptr, norm_ptr, weight_ptr, scale_ptr, residual_ptr, y_ptr, num_rows, num_outputs, width, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
+    STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """num_outputs: columns of y; with SWIGLU the weight has twice as many rows, gate before up."""
     first = tl.program_id(0) * BLOCK_N
@@ -33,7 +33,7 @@ def _linear_decode_kernel(
             up_scale = tl.load(scale_ptr + num_outputs + outputs, mask=is_output, other=0.0)[None, :]
     y, up, residual = times_weight(
         x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS, BLOCK_N,
-        BLOCK_K, STAGES, WARPS, OVERLAPS, EARLY,
+        BLOCK_K, STAGES, WARPS, OVERLAPS,
     )  # fmt: skip
     if scale_ptr is not None:
         y *= scale
@@ -58,8 +58,10 @@ def default_tile(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tile:
     """
     itemsize = weight.itemsize
     if len(x) > 1:
-        # fp32 is served by nobody; a wider one with SwiGLU fits not everywhere
-        return Tile(32, 128, stages=2, warps=8) if itemsize == 4 else Tile(32, 256, stages=3, warps=4)
+        if x.dtype == torch.float32:  # served by nobody; a wider one with SwiGLU fits not everywhere
+            return Tile(32, 128, stages=2, warps=8)
+        is_narrow = itemsize == 1 and len(weight) <= FEW_OUTPUTS
+        return Tile(32, 512, stages=3, warps=8) if is_narrow else Tile(32, 256, stages=3, warps=4)
     if itemsize == 4:
         return Tile(4, 256, stages=1, warps=1)
     if len(weight) <= FEW_OUTPUTS:
@@ -75,7 +77,6 @@ def linear_decode(
     norm: Norm | None,
     residual: torch.Tensor | None,
     swiglu: bool,
-    early: bool = False,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """tile: None for the tuned one, or else the default."""
@@ -92,6 +93,6 @@ def linear_decode(
         tile = tile or tuned_tile(len(x), values) or default_tile(x, values, swiglu)
         _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
-            EARLY=early, **options(len(x), tile), **overlap_options(x),
+            **options(len(x), tile), **overlap_options(x),
         )  # fmt: skip
     return y

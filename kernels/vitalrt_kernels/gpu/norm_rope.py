@@ -31,13 +31,13 @@ def cos_sin(angle):
 
 @triton.jit
 def load_heads(ptr, heads, is_head, head_dim, HALF: tl.constexpr):
-    """Both halves of these heads of [.., D], each [heads, HALF]; zero outside."""
+    """Both halves of these heads of [.., D], each [heads, HALF]; zero outside. From L2: a block reads them once."""
     i = tl.arange(0, HALF)
     half = head_dim // 2
     inside = is_head[:, None] & (i < half)[None, :]
     cells = heads[:, None] * head_dim + i[None, :]
-    low = tl.load(ptr + cells, mask=inside, other=0.0)
-    high = tl.load(ptr + half + cells, mask=inside, other=0.0)
+    low = tl.load(ptr + cells, mask=inside, other=0.0, cache_modifier=".cg")
+    high = tl.load(ptr + half + cells, mask=inside, other=0.0, cache_modifier=".cg")
     return low, high
 
 

@@ -29,17 +29,11 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
 
 
 @triton.jit
-def wait_for_previous(OVERLAPS: tl.constexpr, EARLY: tl.constexpr = False):
-    """The next kernel may be set up from here on, once all blocks of this one have come here: it has what it needs.
-
-    EARLY: and it may before this one has waited, since before it waits it reads what no launch writes.
-    """
+def wait_for_previous(OVERLAPS: tl.constexpr):
+    """The next kernel may be set up from here on: all blocks of this one that have begun have what they need."""
     if OVERLAPS:
-        if EARLY:
-            gdc_launch_dependents()
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
 
 
 @triton.jit

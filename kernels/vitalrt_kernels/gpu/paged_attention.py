@@ -125,7 +125,7 @@ def _paged_attention_kernel(
     part_max_ptr, part_sum_ptr, tickets_ptr, num_pages, scale, num_kv_heads: tl.constexpr, group: tl.constexpr,
     head_dim: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_L: tl.constexpr,
-    SPLITS_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """q: as it is scored, or, where there is a norm, q, k and v as they were projected.
 
@@ -135,7 +135,7 @@ def _paged_attention_kernel(
     """
     APPENDS: tl.constexpr = norm_ptr is not None
     if not APPENDS:
-        wait_for_previous(OVERLAPS, EARLY)  # keys and values may be of the launch before
+        wait_for_previous(OVERLAPS)  # keys and values may be of the launch before
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -168,7 +168,7 @@ def _paged_attention_kernel(
             is_k = k_head >= 0
             q_norm_low, q_norm_high = load_heads(norm_ptr, heads, is_member, head_dim, HALF)
             k_norm_low, k_norm_high = load_heads(norm_ptr, k_head, is_k, head_dim, HALF)
-            wait_for_previous(OVERLAPS, EARLY)
+            wait_for_previous(OVERLAPS)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
             q_low, q_high = load_heads(qkv_ptr, heads, is_member, head_dim, HALF)
             new_low, new_high = load_heads(qkv_ptr, k_head, is_k, head_dim, HALF)
@@ -239,7 +239,6 @@ def paged_attention(
     page_size: int,
     tickets: torch.Tensor,
     append: Append | None,
-    early: bool = False,
 ) -> torch.Tensor:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
@@ -266,7 +265,7 @@ def paged_attention(
         PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d,
         HALF=max(16, triton.next_power_of_2((head_dim + 1) // 2)), BLOCK_L=BLOCK_L,
         SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=WARPS, num_stages=2,
-        enable_fp_fusion=False, EARLY=early, **overlap_options(q),
+        enable_fp_fusion=False, **overlap_options(q),
     )  # fmt: skip
     return out
 

@@ -23,7 +23,6 @@ def options(num_rows: int, tile: Tile) -> dict[str, int]:
 def times_weight(
     x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, OVERLAPS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Rows, normed where there is a norm, times rows first .. first + BLOCK_N - 1 of the weight, and of `up`, or None.
 
@@ -35,10 +34,10 @@ def times_weight(
     if ROWS == 1:
         return _one_row(
             x_ptr, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, BLOCK_N, BLOCK_K,
-            OVERLAPS, EARLY,
+            OVERLAPS,
         )  # fmt: skip
     else:
-        wait_for_previous(OVERLAPS, EARLY)
+        wait_for_previous(OVERLAPS)
         return _few_rows(
             x_ptr, num_rows, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width, ROWS, BLOCK_N,
             BLOCK_K, STAGES, WARPS,
@@ -57,7 +56,7 @@ def _load_residual(residual_ptr, num_rows, first, num_outputs, ROWS: tl.constexp
 @triton.jit
 def _one_row(
     x_ptr, norm_ptr, eps, weight_ptr, up_ptr, residual_ptr, first, num_outputs, width,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """Multiplied and added by each thread for itself, so that the loop holds no reduction and no barrier.
 
@@ -81,7 +80,7 @@ def _one_row(
     if IS_AHEAD:
         columns = tl.arange(0, BLOCK_K)[None, :]
         weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
-    wait_for_previous(OVERLAPS, EARLY)
+    wait_for_previous(OVERLAPS)
     if residual_ptr is not None:
         residual = _load_residual(residual_ptr, 1, first, num_outputs, 1, BLOCK_N)
     for start in range(0, width, BLOCK_K):
