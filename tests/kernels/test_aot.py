@@ -121,8 +121,8 @@ def test_weights_are_not_waited_for_one_by_one(over_weights: list[dict[str, Any]
 
 
 def test_enough_is_on_its_way_to_fill_the_memory(over_weights: list[dict[str, Any]]) -> None:
-    """On an H200: 4.3 TB/s for 0.8 us, what a load takes, over its multiprocessors; for several rows, whose default tiles
-    are as measured there, half of it."""
+    """On an H200: 4.3 TB/s for 0.8 us, what a load takes, over its multiprocessors. For several rows half of it: their
+    default tiles are those that were fastest there."""
     multiprocessors, needed = 132, 4.3e12 * 0.8e-6 / 132
     of_h200 = [row for row in over_weights if row["capability"] == 90]
     for row in of_h200:
