@@ -48,7 +48,7 @@ class Bench:
 
     def __init__(self, device: torch.device, model: str | None, tunes: bool) -> None:
         self.device = device
-        self.compile_ahead = CompileAhead(device, model, tunes)  # while the model is built
+        self.compile_ahead = CompileAhead(device, model) if tunes else None  # while the model is built
         is_cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if is_cuda else torch.float32
         self.config = find_config(model) if model else KNOWN_MODELS["Qwen3-VL-8B"] if is_cuda else small_config()
@@ -90,7 +90,7 @@ class Bench:
         needs = self.needs_model
         return [
             Section("model", self.build, 60),
-            Section("compile", self.compile_ahead.measure, 60),
+            *([Section("compile", self.compile_ahead.measure, 90)] if self.compile_ahead else []),
             Section("card", self.measure_card, 30),
             Section("kernels", needs(lambda r: kernels.measure(r, self.model, self.card)), 90),
             Section("numerics", needs(lambda r: numerics.measure(r, self.model)), 60),
@@ -158,14 +158,14 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers on its own argument names
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.tune and device.type != "cuda":
+        parser.error("--tune: expected a CUDA device, whose card the table is of; torch sees none")
     bench = Bench(device, options.model, options.tune)
     sections = bench.sections()
     names = [section.name for section in sections]
     wanted = ["tune"] if options.tune else options.only or [name for name in names if name != "tune"]
     if unknown := sorted(set(wanted) - set(names)):
         parser.error(f"--only: expected some of {names}, got {unknown}")
-    if options.tune and device.type != "cuda":
-        parser.error("--tune: expected a CUDA device, whose card the table is of; torch sees none")
     console = Console(width=140)
     kind = "gpu-tune" if options.tune else "gpu"
     stem = f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")

@@ -1,7 +1,7 @@
-"""Kernels compiled by all cores at once, before the one process that measures them wants them one after the other.
+"""All tiles that bench.gpu.tune tries, compiled by all cores at once and not one after the other when it wants them.
 
-They find each other through Triton's cache: python -m bench.gpu.compile_ahead PART PARTS [--tune] launches its share of
-them, on one layer of the shape that is to be measured.
+They find each other through Triton's cache: python -m bench.gpu.compile_ahead PART PARTS launches its share of them, on
+one layer of the shape that is to be tuned for.
 """
 
 from __future__ import annotations
@@ -19,15 +19,11 @@ from typing import Any
 import torch
 
 from bench.files import from_checkout
-from bench.gpu import kernels, tune
-from bench.gpu.ours import InTurn, Ours
-from bench.gpu.record import Record, SkippedError
-from bench.gpu.requests import ANSWER, BATCHES, PROMPT, QUESTION
-from bench.gpu.shapes import prompt_of, random_model
+from bench.gpu import tune
+from bench.gpu.record import Record
+from bench.gpu.shapes import random_model
 from bench.gpu.timing import synchronize
 from vitalrt.config import ModelConfig
-from vitalrt.engine.device_step import StepWeights
-from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model_cost import find_config
 
 ROOT = Path(__file__).parents[2]
@@ -37,14 +33,11 @@ PART_BYTES = 9e9  # of a process, on the device: the embedding, the head, and th
 class CompileAhead:
     """Begins at once; measure() waits for it."""
 
-    def __init__(self, device: torch.device, model: str | None, tunes: bool) -> None:
-        if device.type != "cuda":
-            self._processes: list[subprocess.Popen[str]] = []
-            return
+    def __init__(self, device: torch.device, model: str | None) -> None:
         room = 0.6 * torch.cuda.get_device_properties(device).total_memory / PART_BYTES
         parts = max(1, min((os.cpu_count() or 2) - 2, int(room)))
         command = [sys.executable, "-m", "bench.gpu.compile_ahead"]
-        options = [*(["--model", model] if model else []), *(["--tune"] if tunes else [])]
+        options = ["--model", model] if model else []
         self._processes = [
             subprocess.Popen(
                 [*command, str(part), str(parts), *options],
@@ -54,8 +47,6 @@ class CompileAhead:
         ]  # fmt: skip
 
     def measure(self, record: Record) -> dict[str, Any]:
-        if not self._processes:
-            raise SkippedError("nothing is compiled where torch sees no CUDA device")
         try:
             said = [process.communicate(timeout=max(1, record.seconds_left - 2))[0] for process in self._processes]
         finally:
@@ -65,37 +56,16 @@ class CompileAhead:
         return {"processes": len(lines), "said": lines}
 
 
-def jobs(config: ModelConfig, device: torch.device, tunes: bool) -> Iterator[Callable[[], object]]:
-    """In the order of how long they take."""
+def jobs(config: ModelConfig, device: torch.device) -> Iterator[Callable[[], object]]:
+    """One for each tile of each matrix."""
     one_layer = replace(config, decoder=replace(config.decoder, num_hidden_layers=1))
     one_layer = replace(one_layer, vision=replace(config.vision, depth=1, deepstack_visual_indexes=(0,)))
     model = random_model(one_layer, device, torch.bfloat16)
-    if tunes:
-        for as_int8 in (False, True):
-            for num_rows, tiles in tune.TILES.items():
-                for matrix in tune.matrices(model, num_rows, as_int8):
-                    yield from [lambda m=matrix, t=tile: m.run(0, t) for tile in (None, *tiles)]
-        return
-    for contender in (Ours, InTurn):
-        yield lambda contender=contender: _request(contender, model, 2)
-    yield lambda: _request(Ours, model, 1, StepWeights(model.decoder, int8=True))
-    yield from [lambda batch=batch: _steps(model, batch) for batch in BATCHES]
-    for num_rows in (1, 16):
-        yield from [lambda case=case: case.run(0) for case in kernels.cases(model, num_rows)]
-
-
-def _request(contender: type[Ours], model: Qwen3VL, num_rows: int, weights: StepWeights | None = None) -> None:
-    ours, prompt = contender(model, num_rows, 2048, weights), prompt_of(model.config, PROMPT)
-    ours.request(prompt, 1, ANSWER)
-    ours.begin(prompt)
-    ours.go_on(prompt, QUESTION)
-
-
-def _steps(model: Qwen3VL, batch: int) -> None:
-    ours, prompt = Ours(model, max(BATCHES), PROMPT + 256), prompt_of(model.config, PROMPT)
-    ours.begin(prompt)
-    for answers in (False, True):
-        ours.graphs.step(batch, answers)
+    for as_int8 in (False, True):
+        for num_rows in tune.TILES:
+            for matrix in tune.matrices(model, num_rows, as_int8):
+                tiles = (None, *matrix.tiles(num_rows))
+                yield from [lambda m=matrix, t=tile: m.run(t) for tile in tiles]
 
 
 def main() -> None:
@@ -103,14 +73,13 @@ def main() -> None:
     parser.add_argument("part", type=int)
     parser.add_argument("parts", type=int)
     parser.add_argument("--model", default="Qwen3-VL-8B")
-    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     config = find_config(options.model)
     device = torch.device(options.device)
     began, done, failed = time.monotonic(), 0, ""
     with torch.no_grad():
-        for index, job in enumerate(jobs(config, device, options.tune)):
+        for index, job in enumerate(jobs(config, device)):
             if index % options.parts != options.part:
                 continue
             try:

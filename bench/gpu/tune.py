@@ -1,97 +1,159 @@
 """Which tile, or cuBLAS, is fastest for each matrix of the model on this card: what tuned.json should say of it.
 
-Held to the default tile's result before it is timed: with cold weights, in CUDA graphs, as bench.gpu.kernels does.
+Timed within steps of the whole model, since a launch overlaps its neighbours: what is fastest alone need not be so there.
+One matrix after the other, among what was chosen for those before, its contenders take turns, each of them held to the
+default tile's result before.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
 from bench.files import replace_whole
+from bench.gpu.ours import Ours
 from bench.gpu.record import Record, in_short
-from bench.gpu.timing import replayed_us
+from bench.gpu.shapes import BenchPrompt, prompt_of
+from bench.gpu.timing import time_ms
+from vitalrt.engine.device_step import StepWeights
+from vitalrt.engine.graphs import StepGraphs
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import Int8Weight, Norm, new_tickets, quantise_int8
 from vitalrt_kernels.linear_decode import MAX_ROWS, linear_cublas
-from vitalrt_kernels.tuned import CUBLAS, TABLE, Shape, Tile, entry
+from vitalrt_kernels.tuned import CUBLAS, TABLE, Shape, Tile, choices_of, entry
 
-GAIN = 0.98  # of the default's time: less is not worth an entry
+GAIN = 0.998  # of the step's time: less is not worth an entry
 FURTHEST = 2e-2  # relative error from the default's result
 LONGEST_S = 20  # of one matrix
+PROMPT, STEPS, ROUNDS = 500, 8, 5
 TILES = {
     1: (
-        Tile(4, 512, 1, 2), Tile(2, 512, 1, 2), Tile(8, 512, 1, 2), Tile(4, 1024, 1, 4), Tile(2, 1024, 1, 4),
-        Tile(8, 1024, 1, 4), Tile(4, 2048, 1, 8), Tile(8, 2048, 1, 8), Tile(16, 512, 1, 2), Tile(4, 256, 1, 1),
-        Tile(8, 256, 1, 1),
+        Tile(16, 1024, 1, 4), Tile(8, 1024, 1, 4), Tile(4, 1024, 1, 4), Tile(32, 1024, 1, 4), Tile(16, 512, 1, 2),
+        Tile(8, 512, 1, 2), Tile(4, 512, 1, 2), Tile(32, 512, 1, 2), Tile(16, 2048, 1, 8), Tile(8, 2048, 1, 8),
+        Tile(4, 2048, 1, 8), Tile(8, 4096, 1, 16), Tile(16, 256, 1, 1), Tile(8, 256, 1, 1),
     ),
     MAX_ROWS: (
-        Tile(32, 256, 3, 8), Tile(32, 256, 4, 8), Tile(32, 512, 3, 8), Tile(16, 256, 4, 8), Tile(16, 512, 3, 8),
-        Tile(64, 256, 3, 8), Tile(32, 256, 3, 4), Tile(16, 256, 3, 4),
+        Tile(32, 256, 3, 4), Tile(32, 512, 3, 8), Tile(16, 256, 3, 4), Tile(16, 512, 3, 8), Tile(32, 256, 4, 4),
+        Tile(64, 256, 3, 8),
     ),
 }  # fmt: skip
 
 
 class Matrix(NamedTuple):
-    """run(i, tile): its product, as a step does it, by the i-th of `weights`; cublas(i): the same by torch.
+    """run(tile): its product, as a step does it, by the weight of one layer; cublas(): the same by torch.
 
-    numbers: of a result, what it is held to the default's by.
+    most_outputs: of a tile, as registers hold their weights.  numbers: of a result, what is held to the default's.
     """
 
     name: str
-    weights: list[Any]
-    run: Callable[[int, Tile | None], torch.Tensor]
-    cublas: Callable[[int], torch.Tensor]
+    weight: torch.Tensor | Int8Weight
+    run: Callable[[Tile | None], torch.Tensor]
+    cublas: Callable[[], torch.Tensor]
+    most_outputs: int = 64
     numbers: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
 
+    def tiles(self, num_rows: int) -> list[Tile]:
+        return [tile for tile in TILES[num_rows] if tile.outputs <= self.most_outputs]
+
     def shape(self, num_rows: int) -> Shape:
-        first = self.weights[0]
-        return Shape.of(num_rows, first.values if isinstance(first, Int8Weight) else first)
+        weight = self.weight
+        return Shape.of(num_rows, weight.values if isinstance(weight, Int8Weight) else weight)
+
+
+class Steps:
+    """Steps of the whole model over num_rows rows, each with a prompt of PROMPT tokens in its cache."""
+
+    def __init__(self, model: Qwen3VL, num_rows: int, as_int8: bool) -> None:
+        self.num_rows = num_rows
+        self._prompt: BenchPrompt = prompt_of(model.config, PROMPT)
+        weights = StepWeights(model.decoder, int8=True) if as_int8 else None
+        self._ours = Ours(model, num_rows, self._prompt.num_tokens + 2 * STEPS, weights)
+
+    def _begin(self) -> None:
+        for row in range(self.num_rows):
+            self._ours.begin(self._prompt, 2 * STEPS, row)
+
+    def captured(self, answers: bool) -> Callable[[], float]:
+        """With what the table says now. Its result: milliseconds of one step, of STEPS of them."""
+        graphs = StepGraphs(self._ours.step)
+
+        def steps() -> None:
+            for _ in range(STEPS):
+                graphs.step(self.num_rows, answers)
+
+        def timed() -> float:
+            self._begin()
+            return time_ms(steps, self._ours.device) / STEPS
+
+        self._begin()
+        graphs.step(self.num_rows, answers)
+        return timed
 
 
 def measure(record: Record, model: Qwen3VL) -> dict[str, Any]:
-    """The model's own weights first, for one row; int8 last. What there was no time for keeps its default."""
+    """The model's own weights first, for one row; int8 last. What there was no time for keeps what it had."""
     device = model.decoder.embed.weight.device
-    entries: list[dict[str, Any]] = []
+    table = choices_of(device)
     rows: list[dict[str, Any]] = []
+    outcome: dict[str, Any] = {}
+    for steps, matrix, as_int8 in _in_order(model):
+        if record.seconds_left < LONGEST_S:
+            outcome["note"] = "the time was over before the last matrix"
+            break
+        rows.append(_measure_one(matrix, steps, as_int8, table))
+        outcome |= {"rows": rows, "entries": [entry(*row) for row in table.items()]}
+        record.tell("tune", **outcome)
+    return outcome
+
+
+def _in_order(model: Qwen3VL) -> Iterator[tuple[Steps, Matrix, bool]]:
     for as_int8 in (False, True):
         for num_rows in TILES:
+            steps = Steps(model, num_rows, as_int8)
             for matrix in matrices(model, num_rows, as_int8):
-                if record.seconds_left < LONGEST_S:
-                    return {"entries": entries, "rows": rows, "note": "the time was over before the last matrix"}
-                row = _measure_one(matrix, num_rows, as_int8, device)
-                rows.append(row)
-                best = min(row["us"], key=row["us"].get)
-                if best != "default" and row["us"][best] < GAIN * row["us"]["default"]:
-                    use = CUBLAS if best == CUBLAS else next(t for t in TILES[num_rows] if str([*t]) == best)
-                    entries.append(entry(matrix.shape(num_rows), use))
-                record.tell("tune", rows=rows, entries=entries)
-    return {"entries": entries, "rows": rows}
+                yield steps, matrix, as_int8
 
 
-def _measure_one(matrix: Matrix, num_rows: int, as_int8: bool, device: torch.device) -> dict[str, Any]:
-    contenders: dict[str, Callable[[int], torch.Tensor]] = {"default": lambda i: matrix.run(i, None)}
-    for tile in TILES[num_rows]:
-        contenders[str([*tile])] = lambda i, tile=tile: matrix.run(i, tile)
-    if not as_int8:
-        contenders[CUBLAS] = matrix.cublas
-    expected = matrix.numbers(contenders["default"](0))
-    us: dict[str, float] = {}
+def _measure_one(matrix: Matrix, steps: Steps, as_int8: bool, table: dict[Shape, Tile | str]) -> dict[str, Any]:
+    """What is told of it. The table then says what to use, if not the default."""
+    shape = matrix.shape(steps.num_rows)
+    uses: dict[str, Tile | str | None] = {"default": None} | {
+        str([*tile]): tile for tile in matrix.tiles(steps.num_rows)
+    }
+    if not as_int8 and steps.num_rows == 1:  # of several it is the default
+        uses[CUBLAS] = CUBLAS
+    expected = matrix.numbers(matrix.run(None))
+    contenders: dict[str, Callable[[], float]] = {}
     failed: dict[str, str] = {}
-    for name, run in contenders.items():
+    for name, use in uses.items():
         try:
-            error = float((matrix.numbers(run(0)) - expected).norm() / expected.norm())
+            result = matrix.run(use) if isinstance(use, Tile) else matrix.cublas() if use else matrix.run(None)
+            error = float((matrix.numbers(result) - expected).norm() / expected.norm())
             if not error < FURTHEST:
                 raise RuntimeError(f"relative error {error:.2e}")
-            us[name] = replayed_us(run, len(matrix.weights), device, rounds=5)["p50"]
+            table.pop(shape, None)
+            if use is not None:
+                table[shape] = use
+            contenders[name] = steps.captured(answers=matrix.name == "head")
         except Exception as error:  # too much shared memory on this card, say
             if name == "default" or isinstance(error, TimeoutError):
                 raise
             failed[name] = in_short(error)
-    row = {"matrix": matrix.name, "rows": num_rows, "int8": as_int8, "us": us}
+    took: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, timed in contenders.items():
+            took[name].append(timed())
+    ms = {name: round(statistics.median(times), 5) for name, times in took.items()}
+    best = min(ms, key=lambda name: ms[name])
+    chosen = uses[best] if ms[best] < GAIN * ms["default"] else None
+    table.pop(shape, None)
+    if chosen is not None:
+        table[shape] = chosen
+    row = {"matrix": matrix.name, "rows": steps.num_rows, "int8": as_int8, "ms": ms}
     return row | ({"failed": failed} if failed else {})
 
 
@@ -108,34 +170,31 @@ def matrices(model: Qwen3VL, num_rows: int, as_int8: bool) -> Iterator[Matrix]:
         ("gate_up", norm, None, True),
         ("down", None, x, False),
     ):
-        own = [layer.get_submodule(name).weight.detach() for layer in layers]
-        weights: list[Any] = [quantise_int8(weight) for weight in own[:12]] if as_int8 else own
-        inputs = torch.randn(num_rows, own[0].shape[1]).to(x)
+        own = layers[0].get_submodule(name).weight.detach()
+        inputs = torch.randn(num_rows, own.shape[1]).to(x)
+        arguments = (inputs, quantise_int8(own) if as_int8 else own, before, residual, swiglu)
         yield Matrix(
             name,
-            weights,
-            lambda i, tile, weights=weights, inputs=inputs, rest=(before, residual, swiglu): (
-                linear_decode.linear_decode(inputs, weights[i], *rest, tile)
-            ),
-            lambda i, weights=weights, inputs=inputs, rest=(before, residual, swiglu): linear_cublas(
-                inputs, weights[i], *rest
-            ),
+            arguments[1],
+            lambda tile, arguments=arguments: linear_decode.linear_decode(*arguments, tile),
+            lambda arguments=arguments: linear_cublas(*arguments),
+            most_outputs=16 if swiglu and num_rows == 1 else 64,
         )
     own_head = model.decoder.head.weight.detach()
     head = quantise_int8(own_head) if as_int8 else own_head
     tickets, tokens = new_tickets(1, x.device), torch.zeros(num_rows, dtype=torch.int64, device=x.device)
 
-    def choose(i: int, tile: Tile | None) -> torch.Tensor:
+    def choose(tile: Tile | None) -> torch.Tensor:
         head_argmax.head_argmax(x, head, tickets, tokens, tile)
         return tokens
 
     yield Matrix(
         "head",
-        [head] * 3,  # larger than L2: each reads it from memory
+        head,
         choose,
-        lambda i: linear_cublas(x, head).argmax(-1),
+        lambda: linear_cublas(x, head).argmax(-1),
         # Of the tokens their logits: two of the same size may be chosen either way.
-        lambda tokens: (x.double() * own_head[tokens].double()).sum(1),
+        numbers=lambda tokens: (x.double() * own_head[tokens].double()).sum(1),
     )
 
 

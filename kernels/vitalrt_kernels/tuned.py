@@ -69,6 +69,11 @@ def choices(card: str) -> dict[Shape, Tile | str]:
     return found
 
 
+def choices_of(device: torch.device) -> dict[Shape, Tile | str]:
+    """Of its card: the very table that kernels look into."""
+    return choices(_card(device))
+
+
 def prefers_cublas(num_rows: int, weight: torch.Tensor) -> bool:
     return _choice(num_rows, weight) == CUBLAS
 
@@ -79,7 +84,7 @@ def tuned_tile(num_rows: int, weight: torch.Tensor) -> Tile | None:
 
 
 def _choice(num_rows: int, weight: torch.Tensor) -> Tile | str | None:
-    return choices(_card(weight.device)).get(Shape.of(num_rows, weight)) if weight.is_cuda else None
+    return choices_of(weight.device).get(Shape.of(num_rows, weight)) if weight.is_cuda else None
 
 
 @functools.cache

@@ -51,7 +51,6 @@ def test_what_cannot_run_is_said_and_the_rest_runs(quick) -> None:
     sections = results["sections"]
     assert {name: section["status"] for name, section in sections.items()} == {
         "model": "done",
-        "compile": "skipped",
         "card": "done",
         "kernels": "done",
         "requests": "done",
@@ -139,46 +138,74 @@ def test_only_a_card_is_tuned(capsys: pytest.CaptureFixture[str], tmp_path: Path
 
 
 def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Path, monkeypatch) -> None:
-    """The clock is the test's: of each matrix the second tile is fastest, of one cuBLAS, and one fails."""
+    """The clock is the test's: it looks into the table. One matrix is fastest by cuBLAS, one tile is broken, and what
+    there is no time for keeps its entry."""
     pytest.importorskip("triton")
     from bench.gpu import tune
     from bench.gpu.shapes import random_model, small_config
     from vitalrt_kernels import tuned
 
-    tiles = {1: (tuned.Tile(16, 64, 1, 4), tuned.Tile(8, 128, 1, 4)), 16: (tuned.Tile(16, 64, 2, 4),)}
-    monkeypatch.setattr(tune, "TILES", tiles)
+    good, fair, broken = tuned.Tile(16, 64, 1, 4), tuned.Tile(8, 128, 1, 4), tuned.Tile(32, 64, 1, 4)
+    monkeypatch.setattr(tune, "TILES", {1: (fair, broken, good), 16: (tuned.Tile(16, 64, 2, 4),)})
     monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
     monkeypatch.setattr(tune, "TABLE", tmp_path / "tuned.json")
-    tuned.TABLE.write_text('{"another": []}')
-    config = small_config()
-    model = random_model(config, torch.device("cpu"), torch.float32)
-    wide = config.decoder.intermediate_size
-    times = iter([10, 9.9, 8, 11, *[10, 11, 7, 9] * 2, 10, 11, 8, 7, *[10] * 99])
-
-    def clock(run, calls: int, device: torch.device, rounds: int) -> dict[str, float]:
-        time_ = next(times)
-        if time_ == 11:
-            raise RuntimeError("out of resource")
-        return {"p50": time_}
-
-    monkeypatch.setattr(tune, "replayed_us", clock)
-    record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=300)
-    with torch.no_grad():
-        record.run([Section("tune", lambda r: tune.measure(r, model), 250)])
-    outcome = record.results["tune"]
-    assert outcome["status"] == "done", outcome
-    assert [row["matrix"] for row in outcome["rows"]] == ["qkv", "o", "gate_up", "down", "head"] * 4
-    assert "out of resource" in outcome["rows"][0]["failed"]["cublas"]
-    tune.write_table("card", outcome["entries"])
-    assert json.loads(tuned.TABLE.read_text())["another"] == []
-    tuned.choices.cache_clear()
     monkeypatch.setattr(tuned, "_card", lambda device: "card")
+    config = small_config()
+    wide, d = config.decoder.intermediate_size, config.decoder.hidden_size
+    down, unknown = tuned.Shape(1, d, wide, "float32"), tuned.Shape(1, 7, 7, "bfloat16")
+    old = [tuned.entry(unknown, good), tuned.entry(down, good)]
+    tuned.TABLE.write_text(json.dumps({"another": [], "card": old}))
+    tuned.choices.cache_clear()
+    model = random_model(config, torch.device("cpu"), torch.float32)
+    captured: list[tuple[bool, dict[tuned.Shape, Any]]] = []
+
+    def capture(self: tune.Steps, answers: bool):
+        table = dict(tuned.choices_of(torch.device("cpu")))
+        captured.append((answers, table))
+        if broken in table.values():
+            raise RuntimeError("out of resource")
+        speed = {good: 1.0, fair: 0.5, "cublas": 0.1}
+        gained = sum(speed.get(use, 0) for shape, use in table.items() if shape not in (down, unknown))
+        return lambda: 50 - gained - 3 * (table.get(down) == "cublas")
+
+    monkeypatch.setattr(tune.Steps, "captured", capture)
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=300)
     try:
+        with torch.no_grad():
+            record.run([Section("tune", lambda r: tune.measure(r, model), 250)])
+        outcome = record.results["tune"]
+        assert outcome["status"] == "done", outcome
+        assert [row["matrix"] for row in outcome["rows"]] == ["qkv", "o", "gate_up", "down", "head"] * 4
+        assert "out of resource" in outcome["rows"][0]["failed"][str([*broken])]
+        assert [answers for answers, _ in captured].count(True) == (5 + 2 + 4 + 2), "of heads, in steps that answer"
+        tune.write_table("card", outcome["entries"])
+        assert json.loads(tuned.TABLE.read_text())["another"] == []
+        tuned.choices.cache_clear()
         found = tuned.choices("card")
-        assert len(found) == 4 and {use for use in found.values() if use != "cublas"} == {tiles[1][1]}
-        assert found[tuned.Shape(1, config.decoder.hidden_size, wide, "float32")] == "cublas"
+        assert found.pop(unknown) == good, "of a model that is not this one"
+        assert found.pop(down) == "cublas" and {*found.values()} == {good}
+        # Those of one row: qkv, o, gate_up and head, in fp32 and in int8, and down in int8.
+        assert len(found) == 9 and {shape.rows for shape in found} == {1}
     finally:
         tuned.choices.cache_clear()
+
+
+def test_steps_are_timed_with_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as are told, each begun anew; of several rows too."""
+    from bench.gpu import tune
+    from bench.gpu.shapes import random_model, small_config
+    from vitalrt.engine.graphs import StepGraphs
+
+    stepped: list[tuple[int, bool]] = []
+    step = StepGraphs.step
+    monkeypatch.setattr(StepGraphs, "step", lambda self, *args: (stepped.append(args), step(self, *args)))
+    with torch.no_grad():
+        steps = tune.Steps(random_model(small_config(), torch.device("cpu"), torch.float32), 2, as_int8=True)
+        timed = steps.captured(answers=True)
+        before = steps._ours.step.rows.lengths.tolist()
+        took = [timed(), timed()]
+    assert min(took) > 0 and stepped == [(2, True)] * (1 + 2 * tune.STEPS)
+    assert steps._ours.step.rows.lengths.tolist() == [length + tune.STEPS - 1 for length in before]
 
 
 @pytest.mark.gpu
@@ -259,19 +286,18 @@ def test_what_a_run_before_has_told_is_kept(tmp_path: Path) -> None:
     assert "profile" in sections
 
 
-def test_kernels_are_launched_ahead_as_they_are_later() -> None:
-    """Every contender and every tile, on one layer; each of them runs."""
+def test_every_tile_is_compiled_ahead() -> None:
+    """Of every matrix, on one layer."""
     pytest.importorskip("triton")
     from bench.gpu.compile_ahead import jobs
     from bench.gpu.shapes import small_config
     from bench.gpu.tune import TILES
 
     with torch.no_grad():
-        steps = [job() for job in jobs(small_config(), torch.device("cpu"), tunes=False)]
-        tiles = list(jobs(small_config(), torch.device("cpu"), tunes=True))
-    assert len(steps) == 6 + 2 * 14, "requests, steps, and the cases of 1 and 16 rows"
-    assert len(tiles) == 2 * 5 * sum(1 + len(of_rows) for of_rows in TILES.values())
-    assert tiles[0]().shape == (1, 128)
+        tiles = list(jobs(small_config(), torch.device("cpu")))
+        assert tiles[0]().shape == (1, 128) and tiles[1]().shape == (1, 128)
+    too_many = sum(tile.outputs > 16 for tile in TILES[1])  # for gate and up together
+    assert too_many and len(tiles) == 2 * (5 * sum(1 + len(of_rows) for of_rows in TILES.values()) - too_many)
 
 
 @pytest.mark.parametrize("fails", [False, True])
