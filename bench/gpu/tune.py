@@ -1,6 +1,6 @@
 """Which tile, or cuBLAS, is fastest for each matrix of the model on this card: what tuned.json should say of it.
 
-Timed within steps of the whole model, since a launch overlaps its neighbours: what is fastest alone need not be so there.
+Timed within steps of the whole model, as a launch overlaps its neighbours: what is fastest alone need not be so there.
 One matrix after the other, among what was chosen for those before, its contenders take turns, each of them held to the
 default tile's result before.
 """
