@@ -164,38 +164,32 @@ def _paged_attention_kernel(
             sin = tl.load(cos_ptr + half, mask=in_half, other=0.0, cache_modifier=".cg")
             new_page = tl.load(pages_ptr + held // PAGE_SIZE, mask=length > 0, other=0, cache_modifier=".cg")
             heads = kv_head * group + member
-            k_head = num_kv_heads * group + kv_head + tl.arange(0, 1)
-            is_k = k_head >= 0
+            k_heads = num_kv_heads * group + kv_head + 0 * member  # beside each query head, so that nothing moves
             q_norm_low, q_norm_high = load_heads(norm_ptr, heads, is_member, head_dim, HALF)
-            k_norm_low, k_norm_high = load_heads(norm_ptr, k_head, is_k, head_dim, HALF)
+            k_norm_low, k_norm_high = load_heads(norm_ptr, k_heads, is_member, head_dim, HALF)
             wait_for_previous(OVERLAPS)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
             q_low, q_high = load_heads(qkv_ptr, heads, is_member, head_dim, HALF)
-            new_low, new_high = load_heads(qkv_ptr, k_head, is_k, head_dim, HALF)
-            v_cells = (k_head + num_kv_heads)[:, None] * head_dim + i[None, :]
-            new_value = tl.load(qkv_ptr + v_cells, mask=in_head[None, :], other=0.0)
+            new_low, new_high = load_heads(qkv_ptr, k_heads, is_member, head_dim, HALF)
+            new_value_ptr = qkv_ptr + ((group + 1) * num_kv_heads + kv_head) * head_dim + i
             q_low, q_high = turned(q_low, q_high, q_norm_low, q_norm_high, cos, sin, eps, head_dim)
-            new_low, new_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
-            new_score = scale * tl.sum(
-                q_low.to(tl.float32) * new_low.to(tl.float32) + q_high.to(tl.float32) * new_high.to(tl.float32), 1
-            )
         else:
             q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
             q_low, q_high = _load_halves(q_ptr, q_first, is_member, head_dim, HALF)
-        q_low, q_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
+        all_low, all_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
 
         # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.
         largest = tl.full([GROUP], -1e30, tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         out = tl.zeros([GROUP, BLOCK_D], tl.float32)
-        for start in range(first, stop, BLOCK_L):
-            if start > first:
-                low, high, values = _load_block(
-                    k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D,
-                    HALF,
-                )  # fmt: skip
+        is_context = first + tl.arange(0, BLOCK_L) < stop
+        largest, total, out = _attend(all_low, all_high, low, high, values, is_context, scale, largest, total, out)
+        for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=1):
+            low, high, values = _load_block(
+                k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
+            )
             is_context = start + tl.arange(0, BLOCK_L) < stop
-            largest, total, out = _attend(q_low, q_high, low, high, values, is_context, scale, largest, total, out)
+            largest, total, out = _attend(all_low, all_high, low, high, values, is_context, scale, largest, total, out)
 
         pair = row * num_kv_heads + kv_head
         padded = tl.arange(0, GROUP)
@@ -210,9 +204,14 @@ def _paged_attention_kernel(
             out_of_all = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
             if APPENDS:
                 is_live = length > 0
-                largest_of_all = tl.where(is_live, new_score, largest_of_all)
+                key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
+                products = q_low.to(tl.float32) * key_low.to(tl.float32)
+                products += q_high.to(tl.float32) * key_high.to(tl.float32)
+                largest_of_all = tl.where(is_live, scale * tl.sum(products, 1), largest_of_all)
                 total_of_all += tl.where(is_live, 1.0, 0.0)
-                out_of_all += tl.where(is_live, new_value.to(tl.float32), 0.0)
+                beside = new_value_ptr[None, :] + 0 * member[:, None]
+                new_value = tl.load(beside, mask=in_head[None, :], other=0.0).to(tl.float32)
+                out_of_all += tl.where(is_live, new_value, 0.0)
             whole = _combined(
                 largest_of_all, total_of_all, out_of_all, part_ptr, part_max_ptr, part_sum_ptr, pair * SPLITS,
                 num_splits, group, head_dim, MEMBERS, BLOCK_D, SPLITS_AT_ONCE,
@@ -222,12 +221,14 @@ def _paged_attention_kernel(
             tl.store(out_ptr + out_cells, whole.to(out_ptr.dtype.element_ty), mask=is_out)
         if APPENDS:  # noqa: SIM102 - known when this is compiled. Last, as nobody in this launch waits for it
             if (split == 0) & (length > 0):
+                key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
                 new_slot = new_page.to(tl.int64) * PAGE_SIZE + held % PAGE_SIZE
                 new_first = (new_slot * num_kv_heads + kv_head) * head_dim
-                new_k_ptr = k_ptr + new_first + tl.arange(0, HALF)[None, :]
-                tl.store(new_k_ptr, new_low, mask=in_half[None, :])
-                tl.store(new_k_ptr + half, new_high, mask=in_half[None, :])
-                tl.store(v_ptr + new_first + i[None, :], new_value, mask=in_head[None, :])
+                new_k_ptr = k_ptr + new_first + tl.arange(0, HALF)[None, :] + 0 * member[:, None]
+                is_one = (member == 0)[:, None] & in_half[None, :]
+                tl.store(new_k_ptr, key_low, mask=is_one)
+                tl.store(new_k_ptr + half, key_high, mask=is_one)
+                tl.store(v_ptr + new_first + i, tl.load(new_value_ptr, mask=in_head, other=0.0), mask=in_head)
 
 
 def paged_attention(
