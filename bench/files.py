@@ -24,9 +24,10 @@ def commit() -> str:
 
 
 def sources() -> str:
-    """Of what runs: a digest of all Python files of the product and its benchmarks, whatever git knows of them."""
+    """Of what runs: a digest of all Python files and tables of the product and its benchmarks, whatever git knows."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+    found = [path for folder in FOLDERS for kind in ("*.py", "tuned.json") for path in (ROOT / folder).rglob(kind)]
+    for path in sorted(found):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -76,8 +76,10 @@ class TestEightBillion:
 
     def test_five_launches_a_layer(self) -> None:
         assert step_cost(EIGHT_B, answers=False).launches == 5 * 36 + 2
-        assert step_cost(EIGHT_B, answers=True, batch=16).launches == 5 * 36 + 3
-        assert step_cost(EIGHT_B, answers=True, batch=17).launches is None
+        assert step_cost(EIGHT_B, answers=True).launches == 5 * 36 + 3
+        assert step_cost(EIGHT_B, answers=True, batch=16, dtype="int8").launches == 5 * 36 + 3
+        for batch, dtype in ((2, "bf16"), (2, "fp32"), (17, "int8")):
+            assert step_cost(EIGHT_B, answers=True, batch=batch, dtype=dtype).launches is None
 
     def test_a_batch_shares_weights_but_not_context(self) -> None:
         one, many = (step_cost(EIGHT_B, answers=False, context=500, batch=batch) for batch in (1, 64))
@@ -201,7 +203,7 @@ class TestOutput:
         console.print(cost.operations_table(), cost.floors_table([*CARDS.values()]), sep="\n")
         text = console.export_text()
         assert "…" not in text
-        assert "more than 16 rows" in text
+        assert "several rows" in text
         for name in ("QKV", "paged_attention", "head_argmax", "13,892.502", *CARDS):
             assert name in text
 

@@ -18,7 +18,7 @@ from vitalrt.engine.scheduler import Engine
 from vitalrt.export.runtime import OnnxEngine
 from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import why_not_triton
-from vitalrt_kernels.linear_decode import MAX_ROWS
+from vitalrt_kernels.linear_decode import MAX_INT8_ROWS
 from vitalrt_kernels.tuned import CUBLAS, choices
 
 
@@ -112,7 +112,8 @@ def _gpu_step(engine: Engine) -> str:
     num_cublas = sum(use == CUBLAS for use in known.values())
     launches = "each launch set up beside the one before" if can_overlap(device) else "launches one after the other"
     tuned = f"tuned.json has {len(known)} shapes for this card, {num_cublas} of them for cuBLAS"
-    return f"in kernels, captured in CUDA graphs, {launches}; cuBLAS above {MAX_ROWS} rows; {tuned}"
+    cublas = f"cuBLAS for several rows (int8: above {MAX_INT8_ROWS})"
+    return f"in kernels, captured in CUDA graphs, {launches}; {cublas}; {tuned}"
 
 
 def _cuda() -> str:

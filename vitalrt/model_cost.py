@@ -129,8 +129,10 @@ class Operation:
 
 @dataclass(frozen=True)
 class StepCost:
+    """is_fused: whether each operation is a launch of its own, with what stands before and after it."""
+
     operations: tuple[Operation, ...]
-    batch: int
+    is_fused: bool
 
     def total(self, quantity: str) -> int:
         """quantity: weight_bytes, kv_bytes, activation_bytes or flops."""
@@ -138,8 +140,8 @@ class StepCost:
 
     @property
     def launches(self) -> int | None:
-        """None above 16 rows, where cuBLAS multiplies, in launches of its own: bytes and floor hold there too."""
-        return sum(operation.launches for operation in self.operations) if self.batch <= MAX_ROWS else None
+        """None where cuBLAS multiplies, in launches of its own: bytes and floor hold there too."""
+        return sum(operation.launches for operation in self.operations) if self.is_fused else None
 
     @property
     def streamed_bytes(self) -> int:
@@ -204,7 +206,7 @@ def step_cost(
         step.append(operation("head, argmax", "head_argmax", 1, width, linear=head))
     else:
         step.insert(0, operation("feed back z", "begin_step", 1, 2 * width))
-    return StepCost(tuple(step), batch)
+    return StepCost(tuple(step), is_fused=batch == 1 or (dtype == "int8" and batch <= MAX_ROWS))
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,7 @@ class ModelCost:
             shown.add_row(name, "all", str(step.launches or "–"), *totals, style="bold")
         shown.caption = "megabytes: by launch, then of the whole step"
         if self.latent.launches is None:
-            shown.caption += f"; more than {MAX_ROWS} rows are multiplied by cuBLAS, in launches of its own"
+            shown.caption += "; several rows are multiplied by cuBLAS, in launches of its own"
         return shown
 
     def floors_table(self, cards: Sequence[Card]) -> Table:

@@ -15,7 +15,6 @@ import platform
 import re
 import signal
 import sys
-import time
 import warnings
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +31,7 @@ for folder in ("training", "kernels", "."):  # a checkout that nobody has instal
 
 from bench.files import commit, sources  # noqa: E402
 from bench.gpu import int8, kernels, numerics, profile, report, requests, tune  # noqa: E402
-from bench.gpu.compile_ahead import CompileAhead  # noqa: E402
+from bench.gpu.compile_ahead import compile_ahead  # noqa: E402
 from bench.gpu.record import Record, Section, SkippedError  # noqa: E402
 from bench.gpu.shapes import random_model, small_config  # noqa: E402
 from bench.gpu.timing import copy_bandwidth, matmul_flops  # noqa: E402
@@ -48,7 +47,7 @@ class Bench:
 
     def __init__(self, device: torch.device, model: str | None, tunes: bool) -> None:
         self.device = device
-        self.compile_ahead = CompileAhead(device, model) if tunes else None  # while the model is built
+        self.model_name, self.tunes = model, tunes
         is_cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if is_cuda else torch.float32
         self.config = find_config(model) if model else KNOWN_MODELS["Qwen3-VL-8B"] if is_cuda else small_config()
@@ -90,7 +89,7 @@ class Bench:
         needs = self.needs_model
         return [
             Section("model", self.build, 60),
-            *([Section("compile", self.compile_ahead.measure, 90)] if self.compile_ahead else []),
+            *([Section("compile", lambda r: compile_ahead(r, self.device, self.model_name), 90)] if self.tunes else []),
             Section("card", self.measure_card, 30),
             Section("kernels", needs(lambda r: kernels.measure(r, self.model, self.card)), 90),
             Section("numerics", needs(lambda r: numerics.measure(r, self.model)), 60),
@@ -138,12 +137,18 @@ def is_broken(device: torch.device) -> bool:
 
 
 def restart(arguments: list[str], record: Record) -> None:
-    """Becomes a new process that does what is left, in the time that is left."""
+    """Becomes a new process that does what is left."""
     signal.setitimer(signal.ITIMER_REAL, 0)  # it would outlive this program
-    left = record.total_s - (time.monotonic() - record.started)
     sys.stdout.flush()
-    command = [sys.executable, "-m", "bench.gpu", *arguments, "--resume", "--seconds", f"{left:.0f}"]
-    os.execv(sys.executable, command)
+    os.execv(sys.executable, [sys.executable, "-m", "bench.gpu", *arguments, "--resume", f"{record.started}"])
+
+
+def resume(record: Record, started: float) -> None:
+    """As the process before left it, but for what every process has to have for itself."""
+    told = json.loads(record.path.read_text())
+    record.started = started
+    record.environment |= {name: told[name] for name in ("created", "command")}
+    record.results = {name: outcome for name, outcome in told["sections"].items() if name not in NEEDED}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -154,7 +159,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", help="shape: a directory or a known name [Qwen3-VL-8B; a miniature on a CPU]")
     parser.add_argument("--seconds", type=float, default=TOTAL_S, help=f"for all of it [{TOTAL_S:.0f}]")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
-    parser.add_argument("--resume", action="store_true", help="keep the sections that the file in OUT has")
+    parser.add_argument("--resume", type=float, metavar="STARTED", help=argparse.SUPPRESS)  # by restart alone
     options = parser.parse_args(arguments)
     warnings.filterwarnings("ignore", category=FutureWarning)  # transformers on its own argument names
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -171,16 +176,16 @@ def main(arguments: list[str] | None = None) -> None:
     stem = f"{kind}-" + re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     given = sys.argv[1:] if arguments is None else arguments
     record = Record(options.out / f"{stem}.json", environment(device, given), console, options.seconds, options.quick)
-    if options.resume and record.path.is_file():
-        record.results = json.loads(record.path.read_text())["sections"]
+    if options.resume is not None and record.path.is_file():
+        resume(record, options.resume)
     if device.type == "cuda":
         record.is_broken = lambda: is_broken(device)
         record.restart = lambda: restart(given, record)
     else:
         console.print("no CUDA device: a miniature runs on the CPU; no time below says anything about a GPU")
     with torch.no_grad():
-        done = record.results.keys() - NEEDED
-        record.run([section for section in sections if section.name in {*NEEDED, *wanted} - done])
+        left = set(wanted) - record.results.keys()
+        record.run([section for section in sections if left and section.name in {*NEEDED, *left}])
     if options.tune:
         outcome = record.results["tune"]
         if outcome.get("rows"):

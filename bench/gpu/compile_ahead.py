@@ -30,30 +30,37 @@ ROOT = Path(__file__).parents[2]
 PART_BYTES = 9e9  # of a process, on the device: the embedding, the head, and that once more in fp32 to quantise it
 
 
-class CompileAhead:
-    """Begins at once; measure() waits for it."""
+def compile_ahead(record: Record, device: torch.device, model: str | None) -> dict[str, Any]:
+    """What each process said last, and how it ended."""
+    room = 0.6 * torch.cuda.get_device_properties(device).total_memory / PART_BYTES
+    return run_parts(max(1, min((os.cpu_count() or 2) - 2, int(room))), record.seconds_left - 2, model, device.type)
 
-    def __init__(self, device: torch.device, model: str | None) -> None:
-        room = 0.6 * torch.cuda.get_device_properties(device).total_memory / PART_BYTES
-        parts = max(1, min((os.cpu_count() or 2) - 2, int(room)))
-        command = [sys.executable, "-m", "bench.gpu.compile_ahead"]
-        options = ["--model", model] if model else []
-        self._processes = [
-            subprocess.Popen(
-                [*command, str(part), str(parts), *options],
-                cwd=ROOT, env=from_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            )
-            for part in range(parts)
-        ]  # fmt: skip
 
-    def measure(self, record: Record) -> dict[str, Any]:
-        try:
-            said = [process.communicate(timeout=max(1, record.seconds_left - 2))[0] for process in self._processes]
-        finally:
-            for process in self._processes:
+def run_parts(parts: int, seconds: float, model: str | None, device: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "bench.gpu.compile_ahead"]
+    options = [f"--device={device}", *([f"--model={model}"] if model else [])]
+    processes = [
+        subprocess.Popen(
+            [*command, str(part), str(parts), *options],
+            cwd=ROOT, env=from_checkout(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for part in range(parts)
+    ]  # fmt: skip
+    until = time.monotonic() + seconds
+    said: list[dict[str, Any]] = []
+    try:
+        for process in processes:
+            try:
+                text, _ = process.communicate(timeout=max(0.1, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
                 process.kill()
-        lines = [text.strip().splitlines()[-1] if text.strip() else "nothing" for text in said]
-        return {"processes": len(lines), "said": lines}
+                text, _ = process.communicate()
+            said.append({"last": (text.strip().splitlines() or [""])[-1], "status": process.returncode})
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return {"processes": said}
 
 
 def jobs(config: ModelConfig, device: torch.device) -> Iterator[Callable[[], object]]:

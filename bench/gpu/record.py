@@ -46,7 +46,8 @@ class Record:
     """path: of the JSON, written anew after every section, whole or not at all.  results: by section.
 
     is_broken(): whether this process can use its device no more; then restart() goes on in a new one, and does not
-    return. restart may be called by another thread, where a section hangs.
+    return. restart may be called by another thread, where a section hangs.  started: as time.monotonic tells, which new
+    processes have in common.
     """
 
     path: Path
@@ -64,9 +65,13 @@ class Record:
         for section in sections:
             self._run_one(section)
             self.write()
-            if self.results[section.name]["status"] == "failed" and self.is_broken():
+            if self.results[section.name]["status"] == "failed" and self._finds_it_broken(section.name):
                 self.console.print("the device is of no more use to this process: going on in a new one")
                 self.restart()
+
+    def _finds_it_broken(self, name: str) -> bool:
+        with self._watched(name, 0):  # it may hang as well
+            return self.is_broken()
 
     def _run_one(self, section: Section) -> None:
         began = time.monotonic()

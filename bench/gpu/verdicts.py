@@ -17,9 +17,15 @@ class Verdicts:
         self.path = path
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and report.passed:
-            return  # of setting up and tearing down
-        verdict = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+        if report.when == "call" or not report.passed:  # setting up and tearing down are told of where they fail
+            self._tell(report, round(report.duration, 2))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self._tell(report, 0.0)
+
+    def _tell(self, report: pytest.TestReport | pytest.CollectReport, seconds: float) -> None:
+        verdict = {"test": report.nodeid, "outcome": report.outcome, "seconds": seconds}
         if report.failed:
             verdict["why"] = report.longreprtext[-TAIL:]
         with self.path.open("a", encoding="utf-8") as file:

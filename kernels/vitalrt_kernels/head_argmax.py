@@ -1,4 +1,4 @@
-"""The greedy token: argmax of the LM head's logits, which are never written to memory.
+"""The greedy token: argmax of the LM head's logits, which of one row, or a few in int8, are never written to memory.
 
     token = argmax_n round(sum_i head[n, i] h[i])
 

@@ -76,7 +76,8 @@ def paged_attention(
     read.  lengths: [B] int32, the new token's own position included; an idle row of length 0 gives zeros.
     tickets: [at least B * G], from tickets.new_tickets.
     append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
-    caches modified: k and v of each row that is not idle go to the slot of its last position.
+    caches modified: k and v of each row that is not idle go to the slot of its last position. Where launches overlap,
+    all but q is then read before the launch before has ended: none in flight may write it.
     Returns [B, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").

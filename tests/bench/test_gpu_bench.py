@@ -190,6 +190,31 @@ def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Pat
         tuned.choices.cache_clear()
 
 
+def test_noise_chooses_nothing(tmp_path: Path, monkeypatch) -> None:
+    """Faster by its median, but not in every round."""
+    pytest.importorskip("triton")
+    from bench.gpu import tune
+    from bench.gpu.shapes import random_model, small_config
+    from vitalrt_kernels import tuned
+
+    monkeypatch.setattr(tune, "TILES", {1: (tuned.Tile(16, 64, 1, 4),)})
+    monkeypatch.setattr(tuned, "_card", lambda device: "a card of no entries")
+    clock = iter([10.0, 9.5, 9.5] * 2 + [10.0, 10.1, 10.1] + [10.0, 9.5, 9.5] * 2)  # default, tile, cuBLAS in turns
+
+    def capture(self: tune.Steps, answers: bool):
+        return lambda: next(clock, 10.0)
+
+    monkeypatch.setattr(tune.Steps, "captured", capture)
+    all_in_order = tune._in_order
+    monkeypatch.setattr(tune, "_in_order", lambda model: [next(all_in_order(model))])
+    model = random_model(small_config(), torch.device("cpu"), torch.float32)
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), total_s=60)
+    with torch.no_grad():
+        record.run([Section("tune", lambda r: tune.measure(r, model), 50)])
+    outcome = record.results["tune"]
+    assert outcome["entries"] == [] and outcome["rows"][0]["ms"]["[16, 64, 1, 4]"] == 9.5
+
+
 def test_steps_are_timed_with_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many as are told, each begun anew; of several rows too."""
     from bench.gpu import tune
@@ -274,16 +299,85 @@ def test_a_call_that_never_returns_is_left_to_a_new_process(tmp_path: Path, monk
     assert "in hangs" in capfd.readouterr().err
 
 
-def test_what_a_run_before_has_told_is_kept(tmp_path: Path) -> None:
-    """--resume: what the others need is made again."""
-    from bench.gpu.__main__ import main
+def test_a_hanging_device_is_found_broken(tmp_path: Path, monkeypatch) -> None:
+    """Whoever asks it may wait as long."""
+    monkeypatch.setattr(record_module, "GRACE_S", 0.2)
+    asked = threading.Event()
 
-    path = tmp_path / f"gpu-{'cpu' if not torch.cuda.is_available() else 'card'}.json"
-    path.write_text(json.dumps({"sections": {"int8": {"status": "failed", "reason": "broke the device"}}}))
-    main(["--resume", "--only", "int8", "--only", "profile", "--quick", "--out", str(tmp_path)])
-    sections = json.loads(path.read_text())["sections"]
-    assert sections["int8"]["reason"] == "broke the device" and sections["model"]["status"] == "done"
-    assert "profile" in sections
+    def fails(record: Record) -> dict[str, Any]:
+        raise TimeoutError("expected to be done")
+
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), 30, is_broken=lambda: not asked.wait(20))
+    record.restart = asked.set
+    record.run([Section("fails", fails, 5)])
+    assert asked.is_set() and "did not return" in record.results["fails"]["reason"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a miniature is resumed")
+def test_a_new_process_goes_on_where_the_one_before_broke(tmp_path: Path, monkeypatch) -> None:
+    """It keeps what was told, and when the run began, and makes anew what the others need, if there are any."""
+    from bench.gpu import __main__ as gpu
+
+    commands: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, command: commands.append(command))
+    arguments = ["--only", "int8", "--only", "profile", "--quick", "--out", str(tmp_path)]
+    record = Record(tmp_path / "gpu-cpu.json", {"created": "then", "command": "python"}, Console(quiet=True), 300)
+    record.started -= 100
+    record.results = {"model": {"status": "failed", "reason": "hung"}, "int8": {"status": "failed", "reason": "broke"}}
+    record.write()
+    gpu.restart(arguments, record)
+    assert commands[0][:3] == [sys.executable, "-m", "bench.gpu"]
+    gpu.main(commands[0][3:])
+    told = json.loads(record.path.read_text())
+    assert told["created"] == "then" and told["command"] == "python" and told["seconds"] > 100
+    sections = told["sections"]
+    assert sections["int8"] == {"status": "failed", "reason": "broke"} and sections["profile"]["status"] == "skipped"
+    assert sections["model"]["status"] == "done" and "reason" not in sections["model"]
+    gpu.restart(commands[0][3:], record)  # once more
+    monkeypatch.setattr(gpu.Bench, "build", lambda self, record: pytest.fail("nobody needs it"))
+    gpu.main(commands[1][3:])
+    assert json.loads(record.path.read_text()) == told
+
+
+def test_a_kernel_that_fails_leaves_the_others_measured(tmp_path: Path, monkeypatch) -> None:
+    """Whatever its error is."""
+    from bench.gpu import kernels
+    from bench.gpu.shapes import random_model, small_config
+    from vitalrt.model_cost import Card
+
+    class CompilationError(Exception):
+        pass
+
+    def breaks(index: int) -> None:
+        raise CompilationError("at 27:4")
+
+    def cases(model: Any, num_rows: int) -> list[kernels.Case]:
+        good = kernels.Case("good", lambda i: None, None, None, 8, 8, 2)
+        return [kernels.Case("broken", breaks, None, None, 8, 8, 2), good]
+
+    monkeypatch.setattr(kernels, "cases", cases)
+    model = random_model(small_config(), torch.device("cpu"), torch.float32)
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), 60)
+    card = Card("none", 1e9, 1e9, "a test")
+    record.run([Section("kernels", lambda r: kernels.measure(r, model, card), 30)])
+    outcome = record.results["kernels"]
+    assert outcome["status"] == "failed" and [row["kernel"] for row in outcome["rows"]] == ["good", "good"]
+    assert outcome["failed"] == [f"broken, {rows} rows: CompilationError: at 27:4" for rows in (1, 16)]
+
+
+def test_sources_tell_every_file_that_decides_what_runs(tmp_path: Path, monkeypatch) -> None:
+    from bench import files
+
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    seen = {files.sources()}
+    for name in ("kernels/a.py", "kernels/deep/tuned.json", "vitalrt/b.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for text in ("1", "2"):
+            path.write_text(text)
+            seen.add(files.sources())
+    (tmp_path / "kernels" / "notes.md").write_text("of no consequence")
+    assert len(seen) == 7 and files.sources() in seen
 
 
 def test_every_tile_is_compiled_ahead() -> None:
@@ -298,6 +392,29 @@ def test_every_tile_is_compiled_ahead() -> None:
         assert tiles[0]().shape == (1, 128) and tiles[1]().shape == (1, 128)
     too_many = sum(tile.outputs > 16 for tile in TILES[1])  # for gate and up together
     assert too_many and len(tiles) == 2 * (5 * sum(1 + len(of_rows) for of_rows in TILES.values()) - too_many)
+
+
+def test_processes_that_compile_ahead_are_waited_for_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of no known model each says why it ends; one that takes too long is ended."""
+    from bench.gpu.compile_ahead import run_parts
+
+    said = run_parts(2, 60, "no such model", "cpu")["processes"]
+    assert [part["status"] for part in said] == [1, 1] and all("no such model" in part["last"] for part in said)
+    assert [part["status"] for part in run_parts(1, 0.1, "no such model", "cpu")["processes"]] == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_what_cannot_be_collected_is_told(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "test_good.py").write_text("def test_good(): pass\n")
+    (tmp_path / "test_broken.py").write_text("import no_such_module\n")
+    path = tmp_path / "verdicts.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu.verdicts", "-p", "no:cacheprovider"]
+    subprocess.run(
+        [*command, "-n", str(processes), "--continue-on-collection-errors", f"--verdicts={path}"],
+        cwd=tmp_path, capture_output=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    told = {verdict["test"]: verdict for verdict in map(json.loads, path.read_text().splitlines())}
+    assert told["test_broken.py"]["outcome"] == "failed" and "no_such_module" in told["test_broken.py"]["why"]
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -11,21 +11,23 @@ from vitalrt_kernels.tickets import new_tickets
 PAGE = 4
 
 
-def random_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str):
+def random_case(
+    lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str, page: int = PAGE
+):
     """Pages in random order; every slot that belongs to no context is NaN, and page numbers past a length are wild."""
     torch.manual_seed(sum(lengths))
-    pages_per_row = -(-max(lengths) // PAGE) + 1
+    pages_per_row = -(-max(lengths) // page) + 1
     num_pages = len(lengths) * pages_per_row
     pages = torch.randperm(num_pages).view(len(lengths), pages_per_row)
-    caches = torch.full((2, num_pages * PAGE, kv_heads, head_dim), float("nan"))
+    caches = torch.full((2, num_pages * page, kv_heads, head_dim), float("nan"))
     for row, length in enumerate(lengths):
-        slots = (pages[row, :, None] * PAGE + torch.arange(PAGE)).flatten()[:length]
+        slots = (pages[row, :, None] * page + torch.arange(page)).flatten()[:length]
         caches[:, slots] = torch.randn(2, length, kv_heads, head_dim)
-        pages[row, -(-length // PAGE) :] = 2**30
+        pages[row, -(-length // page) :] = 2**30
     caches = caches.to(device, dtype)
     q = 3 * torch.randn(len(lengths), heads, head_dim)
     int32 = {"dtype": torch.int32, "device": device}
-    return q.to(device, dtype), *caches, pages.to(**int32), torch.tensor(lengths, **int32), PAGE
+    return q.to(device, dtype), *caches, pages.to(**int32), torch.tensor(lengths, **int32), page
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -46,19 +48,31 @@ def test_kernel(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wron
     assert not bool(tickets.any())
 
 
+@pytest.mark.parametrize("page", [1, 12, 64, 100, 128])
+@pytest.mark.parametrize("head_dim", [1, 7, 24])
+def test_pages_that_are_no_part_of_a_block_and_odd_heads(page: int, head_dim: int, device: str, assert_close) -> None:
+    from vitalrt_kernels.gpu import paged_attention as gpu
+
+    case = random_case([150, 0, 65], 6, 2, head_dim, torch.float32, device, page)
+    expected = paged_attention_reference(*[x.double() for x in case[:3]], *case[3:])
+    assert_close("paged_attention", gpu.paged_attention(*case, new_tickets(6, device), None), expected)
+
+
 def frequencies_of(head_dim: int) -> torch.Tensor:
     return 1e-4 ** torch.linspace(0, 1, head_dim // 2)
 
 
-def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str):
+def append_case(
+    lengths: list[int], heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: str, page: int = PAGE
+):
     """As random_case, with q, k and v as projected, and NaN where the new keys and values are to go.
 
     Every new token is at a position of its own, that of its row times 1000.
     """
-    _, *caches, pages, row_lengths, page_size = random_case(lengths, heads, kv_heads, head_dim, dtype, device)
+    _, *caches, pages, row_lengths, page_size = random_case(lengths, heads, kv_heads, head_dim, dtype, device, page)
     for row, length in enumerate(lengths):
         if length:
-            slot = int(pages[row, (length - 1) // PAGE]) * PAGE + (length - 1) % PAGE
+            slot = int(pages[row, (length - 1) // page]) * page + (length - 1) % page
             for cache in caches:
                 cache[slot] = float("nan")
     qkv = (3 * torch.randn(len(lengths), heads + 2 * kv_heads, head_dim)).to(device, dtype)
@@ -80,13 +94,18 @@ def append_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, dt
         ([66], (32, 2, 8)),
     ],
 )
-def test_kernel_that_appends(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wrong) -> None:
+@pytest.mark.parametrize("page", [PAGE, 12])
+def test_kernel_that_appends(
+    dtype, lengths, heads, page, device, assert_close, skip_if_dot_is_wrong, monkeypatch
+) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
 
     skip_if_dot_is_wrong(dtype)
-    case, append = append_case(lengths, *heads, dtype, device)
+    if page != PAGE:
+        monkeypatch.setattr(gpu, "PART_CELLS", 128)  # so that a short context is combined in several rounds
+    case, append = append_case(lengths, *heads, dtype, device, page)
     exact = [x.double() if x.is_floating_point() else x for x in case[:5]]
-    expected = paged_attention_reference(*exact, PAGE, append._replace(norm_weight=append.norm_weight.double()))
+    expected = paged_attention_reference(*exact, page, append._replace(norm_weight=append.norm_weight.double()))
     before = [cache.clone() for cache in case[1:3]]
     tickets = new_tickets(len(lengths) * heads[1], device)
     assert_close("paged_attention", gpu.paged_attention(*case, tickets, append), expected)

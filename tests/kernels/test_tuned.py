@@ -102,3 +102,16 @@ def test_cublas_serves_where_the_table_says_so(monkeypatch) -> None:
     assert not linear_decode.is_for_cublas(x, weight)
     monkeypatch.setattr(linear_decode, "prefers_cublas", lambda num_rows, values: (num_rows, values) == (1, weight))
     assert linear_decode.is_for_cublas(x, weight)
+
+
+def test_cublas_serves_several_rows_but_for_a_tuned_tile_and_int8(monkeypatch) -> None:
+    weight = torch.ones(4, 8)
+    int8 = linear_decode.quantise_int8(weight)
+
+    def for_cublas(of: object, *rows: int) -> list[bool]:
+        return [linear_decode.is_for_cublas(torch.ones(count, 8), of) for count in rows]
+
+    assert for_cublas(weight, 1, 2, 16, 17) == [False, True, True, True]
+    assert for_cublas(int8, 1, 2, 64, 65) == [False, False, False, True]
+    monkeypatch.setattr(linear_decode, "tuned_tile", lambda num_rows, values: Tile(32, 256, stages=3, warps=4))
+    assert for_cublas(weight, 1, 2, 16, 17) == [False, False, False, True]

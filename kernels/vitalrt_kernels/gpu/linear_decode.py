@@ -50,7 +50,7 @@ def _linear_decode_kernel(
 
 
 def default_tile(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tile:
-    """weight: as stored. As measured on an H200 at the shapes of Qwen3-VL-8B, whose O and down have few outputs.
+    """weight: as stored. What was fastest on an H200 at the shapes of Qwen3-VL-8B, whose O and down have few outputs.
 
     One row: what counts is bytes on their way, and that what is done to x serves many of them.
     More rows: each block reads all of x from L2, which for 16 rows is as much as 16 rows of weights in 16 bits; so it
@@ -58,7 +58,7 @@ def default_tile(x: torch.Tensor, weight: torch.Tensor, swiglu: bool) -> Tile:
     """
     itemsize = weight.itemsize
     if len(x) > 1:
-        if x.dtype == torch.float32:  # served by nobody; a wider one with SwiGLU fits not everywhere
+        if x.dtype == torch.float32:  # rarely served; a wider one with SwiGLU fits not everywhere
             return Tile(32, 128, stages=2, warps=8)
         is_narrow = itemsize == 1 and len(weight) <= FEW_OUTPUTS
         return Tile(32, 512, stages=3, warps=8) if is_narrow else Tile(32, 256, stages=3, warps=4)

@@ -142,7 +142,7 @@ def _paged_attention_kernel(
     length = tl.load(lengths_ptr + row, cache_modifier=".cg")
     held = length
     if APPENDS:
-        held = tl.maximum(length - 1, 0)  # in the cache; the new token is one more split, which every block knows
+        held = tl.maximum(length - 1, 0)  # in the cache; the new token is no part of a split
     num_blocks = tl.cdiv(held, BLOCK_L)
     num_splits = tl.maximum(1, tl.minimum(num_blocks, SPLITS))
     first = num_blocks * split // num_splits * BLOCK_L
