@@ -36,6 +36,12 @@ def table(results: dict[str, Any]) -> Table:
         shown.add_row(
             "kernel tests", f"{tests['passed']} passed", f"{len(tests['failed'])} failed, {tests['skipped']} skipped"
         )
+    product = results.get("product", {})
+    if "questions" in product:
+        same = min(product["same_alone"], product["same_in_batch"])
+        shown.add_row(
+            "bundled model", f"{same} of {product['questions']}", "answered as on the CPU, alone and in a batch"
+        )
     shown.add_section()
     for what, by_name in results.get("requests", {}).get("ms", {}).items():
         ours = by_name.get("vitalrt", {}).get("p50")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import vitalrt
 from bench.gpu import record as record_module
 from bench.gpu.record import Record, Section, SkippedError
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 # Whoever runs it has a checkout and nothing built from it: importing what is installed would hide what is missing.
 WITHOUT_EXTENSION = """
 import runpy, sys
-sys.modules |= dict.fromkeys(["vitalrt._core", "pydicom", "nibabel", "pybind11"])
+sys.modules |= dict.fromkeys(["vitalrt._core", "pydicom", "nibabel", "pybind11", "pyarrow"])
 sys.argv = ["bench.gpu", *sys.argv[1:]]
 runpy.run_module("bench.gpu", run_name="__main__")
 """
@@ -33,7 +34,7 @@ runpy.run_module("bench.gpu", run_name="__main__")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     """Results, what was printed, and the folder. The kernels' own tests run beside this one and need not run twice."""
     folder = tmp_path_factory.mktemp("gpu")
-    names = ["kernels", "requests", "numerics", "batches", "profile", "int8", "sanitizer"]
+    names = ["kernels", "requests", "numerics", "batches", "profile", "int8", "product", "sanitizer"]
     command = [sys.executable, "-c", WITHOUT_EXTENSION, "--quick", "--out", str(folder)]
     command += [word for name in names for word in ("--only", name)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "140"}
@@ -58,6 +59,7 @@ def test_what_cannot_run_is_said_and_the_rest_runs(quick) -> None:
         "batches": "done",
         "profile": "skipped",
         "int8": "done",
+        "product": "skipped",
         "sanitizer": "skipped",
     }
     assert "miniature" in printed and "CUDA device" in sections["profile"]["reason"]
@@ -188,6 +190,31 @@ def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Pat
         assert len(found) == 9 and {shape.rows for shape in found} == {1}
     finally:
         tuned.choices.cache_clear()
+
+
+def test_the_bundled_model_answers_as_on_the_cpu(tmp_path: Path, monkeypatch) -> None:
+    """Its answers being others', the section fails and says how many are the same."""
+    from bench.gpu import product
+
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), 120)
+    section = Section("product", lambda r: product.measure(r, torch.device("cpu")), 100)
+    record.run([section])
+    outcome = record.results["product"]
+    assert outcome["status"] == "done" and outcome["same_alone"] == outcome["questions"] == 24
+    load = vitalrt.load
+
+    def load_another(device: object, dtype: str = "auto") -> vitalrt.Model:
+        model = load(device=device, dtype=dtype)
+        if dtype == "float32":
+            with torch.no_grad():
+                model.weights.decoder.head.weight.neg_()
+        return model
+
+    monkeypatch.setattr(product.vitalrt, "load", load_another)
+    record.results.clear()
+    record.run([section])
+    outcome = record.results["product"]
+    assert outcome["status"] == "failed" and outcome["same_alone"] < 24 == outcome["questions"]
 
 
 def test_noise_chooses_nothing(tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,53 @@
+"""The product on this device: the bundled model's answers, alone and in a batch, held to its answers on the CPU.
+
+Needs vitalrt built, as `pip install --no-build-isolation --no-deps .` builds it without a network; a checkout alone has
+no C++ core to keep pages with, and the section says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+import vitalrt
+from bench.gpu.record import Record, SkippedError
+
+PHANTOMS = 12
+LATENTS = (0, 1, 2, 4)  # in turns, so that a batch has all of them
+FURTHEST = 2e-3  # of a latent in fp32, relative
+
+
+def measure(record: Record, device: torch.device) -> dict[str, Any]:
+    """In fp32, where every token has to be the same; and how many answers are in the checkpoint's own dtype."""
+    if importlib.util.find_spec("vitalrt._core") is None:
+        raise SkippedError("vitalrt is not built in this checkout: pip install --no-build-isolation --no-deps .")
+    from vitalrt_training.data.phantom import ask, draw_phantom  # whose packages a mere checkout need not have
+
+    phantoms = [draw_phantom("test", seed=5, index=index) for index in range(PHANTOMS)]
+    questions = [(phantom.image, sample.question) for phantom in phantoms for sample in ask(phantom)[:2]]
+    requests = [
+        vitalrt.Request(image, question, k=LATENTS[index % len(LATENTS)])
+        for index, (image, question) in enumerate(questions)
+    ]
+    expected = [vitalrt.load(device="cpu").generate_batch([request])[0] for request in requests]
+    model = vitalrt.load(device=device, dtype="float32")
+    alone = [model.generate_batch([request])[0] for request in requests]
+    batch = model.generate_batch(requests)
+    own = vitalrt.load(device=device).generate_batch(requests)
+    errors = [
+        float((mine.latents - theirs.latents).norm() / theirs.latents.norm())
+        for mine, theirs in zip([*alone, *batch], [*expected, *expected], strict=True)
+        if len(theirs.latents)
+    ]
+
+    def same(answers: list[Any]) -> int:
+        return sum(mine.token_ids == theirs.token_ids for mine, theirs in zip(answers, expected, strict=True))
+
+    outcome = {"questions": len(requests), "same_alone": same(alone), "same_in_batch": same(batch)}
+    outcome |= {"same_in_own_dtype": same(own), "largest_latent_error": max(errors)}
+    record.tell("product", **outcome)
+    if min(outcome["same_alone"], outcome["same_in_batch"]) < len(requests) or not max(errors) < FURTHEST:
+        raise RuntimeError(f"expected the CPU's answers and latents within {FURTHEST}, got {outcome}")
+    return outcome
