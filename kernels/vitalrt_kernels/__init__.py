@@ -17,6 +17,7 @@ from vitalrt_kernels.paged_attention import Append, paged_attention
 from vitalrt_kernels.rms_norm import rms_norm
 from vitalrt_kernels.swiglu import swiglu
 from vitalrt_kernels.tickets import new_tickets
+from vitalrt_kernels.turn_heads import rotate, turn_heads
 
 __all__ = [
     "Append",
@@ -38,6 +39,8 @@ __all__ = [
     "paged_attention",
     "quantise_int8",
     "rms_norm",
+    "rotate",
     "swiglu",
+    "turn_heads",
     "why_not_triton",
 ]

@@ -59,6 +59,7 @@ def launch_all() -> None:
     """Each launcher at its production shapes."""
     launch_rms_norm()
     launch_swiglu()
+    launch_turn_heads()
     launch_latent_projector()
     for rows in ROWS:
         launch_begin_step(rows)
@@ -89,6 +90,13 @@ def launch_swiglu() -> None:
     from vitalrt_kernels.gpu import swiglu as gpu
 
     gpu.swiglu(meta(500, 2 * INTERMEDIATE))
+
+
+def launch_turn_heads() -> None:
+    """Of Qwen3-VL's vision tower."""
+    from vitalrt_kernels.gpu import turn_heads as gpu
+
+    gpu.turn_heads(meta(1920, 48, 72), 32, *[meta(1920, 1, 72, dtype=torch.float32)] * 2)
 
 
 def launch_latent_projector() -> None:

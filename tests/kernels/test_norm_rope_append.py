@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vitalrt.config import DecoderConfig
-from vitalrt.model.rope import MRope, rotate
+from vitalrt.model.rope import MRope
+from vitalrt_kernels import rotate
 from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append, norm_rope_append_reference
 from vitalrt_kernels.rms_norm import rms_norm_reference
 

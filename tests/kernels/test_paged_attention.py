@@ -33,7 +33,14 @@ def random_case(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     ("lengths", "heads"),
-    [([1], (8, 2, 16)), ([257], (4, 1, 128)), ([5, 0, 131, 64], (6, 2, 24)), ([67, 3], (3, 3, 10)), ([90], (34, 2, 8))],
+    [
+        ([1], (8, 2, 16)),
+        ([257], (4, 1, 128)),
+        ([5, 0, 131, 64], (6, 2, 24)),
+        ([67, 3], (3, 3, 10)),
+        ([90], (34, 2, 8)),
+        ([700], (2, 1, 16)),
+    ],
 )
 def test_kernel(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wrong, monkeypatch) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
@@ -92,6 +99,7 @@ def append_case(
         ([65, 3], (3, 3, 10)),
         ([90], (34, 2, 8)),
         ([66], (32, 2, 8)),
+        ([700], (2, 1, 16)),
     ],
 )
 @pytest.mark.parametrize("page", [PAGE, 12])

@@ -11,7 +11,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import (
 )
 
 import vitalrt
-from vitalrt.model.rope import MRope, grid_taps, mrope_positions, patch_coordinates, rotate
+from vitalrt.model.rope import MRope, grid_taps, mrope_positions, patch_coordinates
+from vitalrt_kernels import rotate
 
 grid = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6))
 

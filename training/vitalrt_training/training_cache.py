@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
-from vitalrt.model.rope import rotate
+from vitalrt_kernels import rotate
 from vitalrt_kernels.cache_grow import cache_grow
 
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitalrt.config import DecoderConfig
-from vitalrt.model.rope import MRope, rotate
+from vitalrt.model.rope import MRope
+from vitalrt_kernels import rotate
 
 
 class Attend(Protocol):

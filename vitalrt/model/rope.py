@@ -87,15 +87,6 @@ class MRope(torch.nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """x: [T, H, D]; cos, sin: [T, 1, D]. Turns the pairs (x_i, x_{i + D/2})."""
-    half = x.shape[-1] // 2
-    turned = x * cos
-    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
-    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
-    return turned
-
-
 class GridTables(NamedTuple):
     """What the vision tower needs to know about the places of P patches: as grid_taps and vision_rope return it."""
 

@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitalrt.config import VisionConfig
-from vitalrt.model.rope import Grid, grid_tables, rotate
+from vitalrt.model.rope import Grid, grid_tables
+from vitalrt_kernels import turn_heads
 
 EPS = 1e-6
 
@@ -35,9 +36,8 @@ class VisionBlock(nn.Module):
     ) -> torch.Tensor:
         """x: [P, C]; attention stays within a frame."""
         qkv = self.qkv(self.norm1(x)).view(len(x), 3 * self.num_heads, -1)
-        qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=1)
-        q, k = rotate(qk.float(), cos, sin).to(x.dtype).chunk(2, dim=1)
-        x = x + self.proj(_attend_within(q, k, v, frame_lengths))
+        q, k = turn_heads(qkv, 2 * self.num_heads, cos, sin).chunk(2, dim=1)
+        x = x + self.proj(_attend_within(q, k, qkv[:, 2 * self.num_heads :], frame_lengths))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 

@@ -20,6 +20,7 @@ BLOCK_L = 64
 WARPS = 4
 MIN_GROUP = 16  # rows of a tensor core product; smaller groups are padded
 MAX_SPLITS = 32
+FEW_SPLITS = 4  # and so many blocks in each that it pays to have the next one on its way
 TARGET_BLOCKS = 264  # two per multiprocessor of an H200
 PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 splits of 4 heads of 128
 
@@ -124,13 +125,14 @@ def _paged_attention_kernel(
     q_ptr, norm_ptr, turns_ptr, eps, k_ptr, v_ptr, pages_ptr, lengths_ptr, out_ptr, part_ptr,
     part_max_ptr, part_sum_ptr, tickets_ptr, num_pages, scale, num_kv_heads: tl.constexpr, group: tl.constexpr,
     head_dim: tl.constexpr, PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_L: tl.constexpr,
+    MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr, BLOCK_L: tl.constexpr, STAGES: tl.constexpr,
     SPLITS_AT_ONCE: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """q: as it is scored, or, where there is a norm, q, k and v as they were projected.
 
     group: query heads per key/value head; MEMBERS is the power of two that it is padded to, GROUP what tensor cores
     want.  scale: log2(e) / sqrt(D), for exp2.  part: [B, G, SPLITS, group, D] fp32.
+    STAGES: blocks of a split that are on their way at a time, after the first.
     A context of fewer blocks than SPLITS is split into as many as it has; an empty one has a split all the same.
     """
     APPENDS: tl.constexpr = norm_ptr is not None
@@ -184,7 +186,7 @@ def _paged_attention_kernel(
         out = tl.zeros([GROUP, BLOCK_D], tl.float32)
         is_context = first + tl.arange(0, BLOCK_L) < stop
         largest, total, out = _attend(all_low, all_high, low, high, values, is_context, scale, largest, total, out)
-        for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=1):
+        for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=STAGES):
             low, high, values = _load_block(
                 k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
             )
@@ -265,7 +267,8 @@ def paged_attention(
         tickets, pages.shape[1], 1.4426950408889634 * head_dim**-0.5, num_kv_heads, group, head_dim,
         PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d,
         HALF=max(16, triton.next_power_of_2((head_dim + 1) // 2)), BLOCK_L=BLOCK_L,
-        SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=WARPS, num_stages=2,
+        STAGES=2 if splits <= FEW_SPLITS else 1,
+        SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=WARPS,
         enable_fp_fusion=False, **overlap_options(q),
     )  # fmt: skip
     return out
