@@ -16,6 +16,7 @@ import torch
 from vitalrt_kernels.backend import expect, runs_triton, wide
 from vitalrt_kernels.kv_append import kv_append
 from vitalrt_kernels.rms_norm import rms_norm_reference
+from vitalrt_kernels.turn_heads import rotate
 
 
 class Rope(NamedTuple):
@@ -29,9 +30,9 @@ def turn_reference(
     qk: torch.Tensor, norm_weight: torch.Tensor, eps: float, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
     """qk: [T, H + G, D].  cos, sin: [T, D/2]."""
-    low, high = wide(rms_norm_reference(qk, norm_weight, eps)).chunk(2, dim=-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(qk.dtype)
+    normed = wide(rms_norm_reference(qk, norm_weight, eps))
+    cos, sin = (torch.cat((table, table), dim=-1)[:, None].to(normed.dtype) for table in (cos, sin))
+    return rotate(normed, cos, sin).to(qk.dtype)
 
 
 def norm_rope_append_reference(

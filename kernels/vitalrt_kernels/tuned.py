@@ -4,8 +4,7 @@
 
 rows: 1, or 16 for 2 to 16.  outputs, inputs: of the weight as it is stored.  use: a Tile of linear_decode or
 head_argmax, or "cublas". What is not in it takes the tile that these name themselves or, for several rows of weights
-that are not int8, cuBLAS. `python -m bench.gpu --tune`
-measures a card's and writes them.
+that are not int8, cuBLAS. `python -m bench.gpu --tune` measures a card's and writes them.
 """
 
 from __future__ import annotations

@@ -187,6 +187,8 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
         "loads_from_l2_before": sum("LDG" in each.opcode and "STRONG.GPU" in each.opcode for each in accesses),
         "loads_before": sum(each.kind == "LDG" for each in accesses),
         "fetches_before": before.count(FETCH),
+        "shared_stores_before": sum(each.opcode.startswith("STS") for each in instructions(before)) if waits else 0,
+        "copies_to_shared": sum(each.opcode.startswith("LDGSTS") for each in instructions(code)),
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,
     }
     if "BLOCK_N" in options and len(over_weights) == 1:

@@ -102,6 +102,19 @@ def test_attention_fuses_no_products(compiled: dict[str, Any]) -> None:
     assert attention and not any(row["fuses"] for row in attention) and any(row["fuses"] for row in compiled["rows"])
 
 
+def test_attention_has_keys_or_values_ready_before_it_waits(compiled: dict[str, Any]) -> None:
+    """The first block, in shared memory: 64 tokens of 256 bytes, 16 bytes a store. Both, with triton 3.6 to 3.8."""
+    appends = [row for row in compiled["rows"] if row["appends"] and row["kernel"] == "_paged_attention_kernel"]
+    early = [row["shared_stores_before"] * 32 * row["warps"] * 16 >= 64 * 256 for row in appends if row["waits"]]
+    assert early and all(early)
+
+
+def test_attention_of_many_rows_has_the_next_block_on_its_way(compiled: dict[str, Any]) -> None:
+    """And that of one, whose splits are of a block each, does not pay for it."""
+    attention = [row for row in compiled["rows"] if row["kernel"] == "_paged_attention_kernel"]
+    assert {(row["splits_at_once"], row["copies_to_shared"] > 0) for row in attention} == {(8, False), (2, True)}
+
+
 def test_a_short_context_is_combined_at_once(compiled: dict[str, Any]) -> None:
     attention = [row for row in compiled["rows"] if row["kernel"] == "_paged_attention_kernel"]
     assert {row["splits_at_once"] for row in attention} == {2, 8}, "of 16 rows, and of one: 512 tokens"

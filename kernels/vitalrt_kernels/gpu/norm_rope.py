@@ -1,4 +1,4 @@
-"""What kernels that make heads of q and k ready share: RMSNorm and M-RoPE.
+"""What kernels that take or make ready heads of q and k share: halves, RMSNorm and M-RoPE.
 
 A head's halves turn together, so they are kept apart: cell i of one is turned with cell i of the other.
 """
@@ -30,14 +30,14 @@ def cos_sin(angle):
 
 
 @triton.jit
-def load_heads(ptr, heads, is_head, head_dim, HALF: tl.constexpr):
-    """Both halves of these heads of [.., D], each [heads, HALF]; zero outside. From L2: a block reads them once."""
-    i = tl.arange(0, HALF)
+def load_halves(ptr, first, is_head, head_dim, HALF: tl.constexpr):
+    """Both halves of heads that begin at `first` [N, 1], each [N, HALF]; zero outside. Where D is odd, the second has
+    one cell more. From L2: a block reads them once."""
+    i = tl.arange(0, HALF)[None, :]
     half = head_dim // 2
-    inside = is_head[:, None] & (i < half)[None, :]
-    cells = heads[:, None] * head_dim + i[None, :]
-    low = tl.load(ptr + cells, mask=inside, other=0.0, cache_modifier=".cg")
-    high = tl.load(ptr + half + cells, mask=inside, other=0.0, cache_modifier=".cg")
+    low = tl.load(ptr + first + i, mask=is_head[:, None] & (i < half), other=0.0, cache_modifier=".cg")
+    in_high = is_head[:, None] & (i < head_dim - half)
+    high = tl.load(ptr + first + half + i, mask=in_high, other=0.0, cache_modifier=".cg")
     return low, high
 
 
@@ -45,7 +45,7 @@ def load_heads(ptr, heads, is_head, head_dim, HALF: tl.constexpr):
 def turned(low, high, low_weight, high_weight, cos, sin, eps, head_dim):
     """Halves of heads, normed and rotated, as they came in: what attention takes.
 
-    All but cos and sin, which are of every cell of a half [HALF], as load_heads gives them.
+    All but cos and sin, which are of every cell of a half [HALF], as load_halves gives them.
     """
     wide_low, wide_high = low.to(tl.float32), high.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(wide_low * wide_low + wide_high * wide_high, 1) / head_dim + eps)[:, None]

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.norm_rope import cos_sin, load_heads, turned
+from vitalrt_kernels.gpu.norm_rope import cos_sin, load_halves, turned
 from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 from vitalrt_kernels.norm_rope_append import Rope
 
@@ -30,10 +30,11 @@ def _norm_rope_append_kernel(
     position = tl.load(positions_ptr + axis * num_tokens + token, mask=in_half, other=0)
     cos, sin = cos_sin(position.to(tl.float32) * tl.load(frequency_ptr + i, mask=in_half, other=0.0))
     row_ptr = qkv_ptr + token * (num_normed + num_kv_heads) * head_dim
-    low, high = load_heads(row_ptr, heads, heads < num_normed, head_dim, HALF)
-    low_weight, high_weight = load_heads(norm_ptr, heads, heads < num_normed, head_dim, HALF)
+    first_cells = heads[:, None] * head_dim
+    low, high = load_halves(row_ptr, first_cells, heads < num_normed, head_dim, HALF)
+    low_weight, high_weight = load_halves(norm_ptr, first_cells, heads < num_normed, head_dim, HALF)
     low, high = turned(low, high, low_weight, high_weight, cos, sin, eps, head_dim)
-    cells = heads[:, None] * head_dim + i[None, :]
+    cells = first_cells + i[None, :]
     own_q_ptr = q_ptr + token * num_heads * head_dim + cells
     is_q = (heads < num_heads)[:, None] & in_half[None, :]
     tl.store(own_q_ptr, low, mask=is_q)

@@ -1,16 +1,16 @@
 """Triton form of paged_attention: split along the context, combined by the last split of each key/value head.
 
-Appending, every split computes the new key for itself and one of them stores it: nothing has to be read that another
-one writes, and no more than q, k and v as projected comes from the launch before. So the context is loaded before that
-has ended. Query heads are made ready anew in every split: a kilobyte, from L2. What the new token adds is no part of a
-split: the block that combines them begins with it.
+Appending, nothing has to be read that another block writes, and no more than q, k and v as projected comes from the
+launch before. So the context is loaded before that has ended. Query heads are made ready anew in every split: a
+kilobyte, from L2. What the new token adds is no part of a split: the block that combines them begins with it, and one
+stores its key and value.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.norm_rope import load_heads, turned
+from vitalrt_kernels.gpu.norm_rope import load_halves, turned
 from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.paged_attention import Append
@@ -46,23 +46,10 @@ def _load_block(
         page = tl.load(pages_ptr + position // PAGE_SIZE, mask=is_context, other=0, cache_modifier=".cg")
         slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
     first = (slot * num_kv_heads + kv_head)[:, None] * head_dim
-    low, high = _load_halves(k_ptr, first, is_context, head_dim, HALF)
+    low, high = load_halves(k_ptr, first, is_context, head_dim, HALF)
     i = tl.arange(0, BLOCK_D)
     inside = is_context[:, None] & (i < head_dim)[None, :]
     return low, high, tl.load(v_ptr + first + i[None, :], mask=inside, other=0.0, cache_modifier=".cg")
-
-
-@triton.jit
-def _load_halves(ptr, first, is_row, head_dim: tl.constexpr, HALF: tl.constexpr):
-    """The halves of rows that begin at `first` [N, 1], each [N, HALF]; zero outside. Where D is odd, the second has
-    one cell more."""
-    i = tl.arange(0, HALF)[None, :]
-    half = head_dim // 2
-    low = tl.load(ptr + first + i, mask=is_row[:, None] & (i < half), other=0.0, cache_modifier=".cg")
-    high = tl.load(
-        ptr + first + half + i, mask=is_row[:, None] & (i < head_dim - half), other=0.0, cache_modifier=".cg"
-    )
-    return low, high
 
 
 @triton.jit
@@ -167,17 +154,17 @@ def _paged_attention_kernel(
             new_page = tl.load(pages_ptr + held // PAGE_SIZE, mask=length > 0, other=0, cache_modifier=".cg")
             heads = kv_head * group + member
             k_heads = num_kv_heads * group + kv_head + 0 * member  # beside each query head, so that nothing moves
-            q_norm_low, q_norm_high = load_heads(norm_ptr, heads, is_member, head_dim, HALF)
-            k_norm_low, k_norm_high = load_heads(norm_ptr, k_heads, is_member, head_dim, HALF)
+            q_norm_low, q_norm_high = load_halves(norm_ptr, heads[:, None] * head_dim, is_member, head_dim, HALF)
+            k_norm_low, k_norm_high = load_halves(norm_ptr, k_heads[:, None] * head_dim, is_member, head_dim, HALF)
             wait_for_previous(OVERLAPS)
             qkv_ptr = q_ptr + row * (group + 2) * num_kv_heads * head_dim
-            q_low, q_high = load_heads(qkv_ptr, heads, is_member, head_dim, HALF)
-            new_low, new_high = load_heads(qkv_ptr, k_heads, is_member, head_dim, HALF)
+            q_low, q_high = load_halves(qkv_ptr, heads[:, None] * head_dim, is_member, head_dim, HALF)
+            new_low, new_high = load_halves(qkv_ptr, k_heads[:, None] * head_dim, is_member, head_dim, HALF)
             new_value_ptr = qkv_ptr + ((group + 1) * num_kv_heads + kv_head) * head_dim + i
             q_low, q_high = turned(q_low, q_high, q_norm_low, q_norm_high, cos, sin, eps, head_dim)
         else:
             q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
-            q_low, q_high = _load_halves(q_ptr, q_first, is_member, head_dim, HALF)
+            q_low, q_high = load_halves(q_ptr, q_first, is_member, head_dim, HALF)
         all_low, all_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
 
         # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.

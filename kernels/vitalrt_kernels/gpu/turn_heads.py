@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.norm_rope import load_halves
 from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
 
 BLOCKS_PER_SM = {"_turn_heads_kernel": 16}
@@ -22,16 +23,16 @@ def _turn_heads_kernel(
     i = tl.arange(0, HALF)
     half = head_dim // 2
     inside = (heads < num_heads)[:, None] & (i < half)[None, :]
-    cells = heads[:, None] * head_dim + i[None, :]
-    x_ptr = qkv_ptr + patch * num_all_heads * head_dim + cells
-    low = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(x_ptr + half, mask=inside, other=0.0).to(tl.float32)
+    first_cells = heads[:, None] * head_dim
+    row_ptr = qkv_ptr + patch * num_all_heads * head_dim
+    low, high = load_halves(row_ptr, first_cells, heads < num_heads, head_dim, HALF)
+    low, high = low.to(tl.float32), high.to(tl.float32)
     places = patch * head_dim + i
     cos_low = tl.load(cos_ptr + places, mask=i < half, other=0.0)[None, :]
     cos_high = tl.load(cos_ptr + half + places, mask=i < half, other=0.0)[None, :]
     sin_low = tl.load(sin_ptr + places, mask=i < half, other=0.0)[None, :]
     sin_high = tl.load(sin_ptr + half + places, mask=i < half, other=0.0)[None, :]
-    own_ptr = y_ptr + patch * num_heads * head_dim + cells
+    own_ptr = y_ptr + patch * num_heads * head_dim + first_cells + i[None, :]
     dtype = y_ptr.dtype.element_ty
     tl.store(own_ptr, (low * cos_low - high * sin_low).to(dtype), mask=inside)
     tl.store(own_ptr + half, (high * cos_high + low * sin_high).to(dtype), mask=inside)
