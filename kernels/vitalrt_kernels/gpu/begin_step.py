@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vitalrt_kernels.begin_step import Rows, StepInputs
 from vitalrt_kernels.gpu.norm_rope import cos_sin
-from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import overlap_options, share_alike, wait_for_previous
 
 BLOCKS_PER_SM = {"_begin_step_kernel": 8}
 MAX_BLOCK = 4096
@@ -56,10 +56,11 @@ def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, frequenc
     x, reach = torch.empty_like(rows.hidden), torch.empty_like(rows.lengths)
     turns = frequencies.new_empty(batch, 2 * half)
     if batch:
-        _begin_step_kernel[(batch,)](
+        kernel = _begin_step_kernel[(batch,)](
             rows.hidden, rows.tokens, rows.latents_left, rows.lengths, rows.limits, rows.offsets, embed, stop_ids,
             frequencies, x, turns, reach, width, len(stop_ids), half,
             STOPS=triton.next_power_of_2(max(1, len(stop_ids))), BLOCK=min(MAX_BLOCK, triton.next_power_of_2(width)),
             HALF=triton.next_power_of_2(half), num_warps=4, **overlap_options(x),
         )  # fmt: skip
+        share_alike(kernel, batch)
     return StepInputs(x, turns, reach)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from vitalrt_kernels.gpu import linear_decode
-from vitalrt_kernels.gpu.overlap import overlap_options
+from vitalrt_kernels.gpu.overlap import overlap_options, share_alike
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight
@@ -71,7 +71,8 @@ def head_argmax(
     best = h.new_empty(len(h), num_slices, dtype=torch.float32)
     best_id = h.new_empty(len(h), num_slices, dtype=torch.int32)
     if len(h):
-        _head_argmax_kernel[(num_slices,)](
+        kernel = _head_argmax_kernel[(num_slices,)](
             h, values, scale, best, best_id, tickets, tokens, len(h), len(values), h.shape[1],
             SLICES_AT_ONCE=SLICES_AT_ONCE[of_tile["ROWS"]], **of_tile, **overlap_options(h),
         )  # fmt: skip
+        share_alike(kernel, len(h))

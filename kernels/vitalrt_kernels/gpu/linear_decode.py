@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import overlap_options
+from vitalrt_kernels.gpu.overlap import overlap_options, share_alike
 from vitalrt_kernels.gpu.rms_norm import rms_norm
 from vitalrt_kernels.gpu.rows_times_weight import options, times_weight
 from vitalrt_kernels.linear_decode import MAX_ROWS, Int8Weight, Norm
@@ -91,8 +91,9 @@ def linear_decode(
     y = x.new_empty(len(x), num_outputs)
     if y.numel():
         tile = tile or tuned_tile(len(x), values) or default_tile(x, values, swiglu)
-        _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
+        kernel = _linear_decode_kernel[(triton.cdiv(num_outputs, tile.outputs),)](
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
             **options(len(x), tile), **overlap_options(x),
         )  # fmt: skip
+        share_alike(kernel, len(x))
     return y

@@ -6,7 +6,10 @@ writes (weights) may be loaded earlier. So may what kernels before the previous 
 waited for them before it let this one begin; but from L2, since L1 is sure to be up to date only after the wait.
 """
 
+import ctypes
 import functools
+import weakref
+from typing import Any
 
 import torch
 import triton
@@ -15,6 +18,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 OLDEST_CAPABILITY = (9, 0)
 LINE = tl.constexpr(128)  # bytes of L2
+SHARED_PERCENT = 4  # of a multiprocessor's fast memory; the rest is L1, through which weights come
+CARVEOUT = 9  # the driver's number for CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_asked: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @functools.cache
@@ -26,6 +32,21 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     """What a kernel with OVERLAPS is launched with."""
     overlaps = can_overlap(tensor.device)
     return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
+
+
+def share_alike(kernel: Any, num_rows: int) -> None:
+    """kernel: what its launch gave, None where it is interpreted. If for one row: SHARED_PERCENT from the next one on.
+
+    Blocks of two kernels are on one multiprocessor at a time only where both do with the same share of its memory that
+    is not L1; else one waits until all of the other's have left. Left to itself the driver gives each kernel its own.
+    More rows want more of it.
+    """
+    if num_rows != 1 or getattr(kernel, "function", None) is None or kernel in _asked:
+        return
+    set_attribute = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute
+    if error := set_attribute(ctypes.c_void_p(kernel.function), CARVEOUT, SHARED_PERCENT):
+        raise RuntimeError(f"cuFuncSetAttribute: expected 0, got error {error}")
+    _asked.add(kernel)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vitalrt_kernels.gpu.norm_rope import load_halves, turned
-from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import overlap_options, share_alike, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
 from vitalrt_kernels.paged_attention import Append
 
@@ -26,30 +26,51 @@ PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 spl
 
 
 @triton.jit
-def _load_block(
-    k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Keys in two halves [BLOCK_L, HALF] and values [BLOCK_L, BLOCK_D] from position `start` on, zeros from `stop` on.
+def _load_pages(pages_ptr, start, stop, others, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Of positions start .. start + BLOCK_L - 1, and `others` from `stop` on: of whole pages one each, few loads at
+    once, else one for every position.
 
     pages: of this sequence.  From L2: L1 may hold what was there before an earlier launch wrote, until this one has
     waited for the one before it.
     """
+    if BLOCK_L % PAGE_SIZE == 0:
+        own = start // PAGE_SIZE + tl.arange(0, BLOCK_L // PAGE_SIZE)
+        return tl.load(pages_ptr + own, mask=own * PAGE_SIZE < stop, other=others, cache_modifier=".cg")
+    else:
+        position = start + tl.arange(0, BLOCK_L)
+        return tl.load(pages_ptr + position // PAGE_SIZE, mask=position < stop, other=others, cache_modifier=".cg")
+
+
+@triton.jit
+def _load_block(
+    k_ptr, v_ptr, pages, start, stop, kv_head, num_kv_heads: tl.constexpr, head_dim: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Keys in two halves [BLOCK_L, HALF] and values [BLOCK_L, BLOCK_D] from position `start` on, zeros from `stop` on.
+
+    pages: as _load_pages gives them. From L2, as they are.
+    """
     position = start + tl.arange(0, BLOCK_L)
     is_context = position < stop
-    if BLOCK_L % PAGE_SIZE == 0:  # whole pages: few loads, at once
-        own = start // PAGE_SIZE + tl.arange(0, BLOCK_L // PAGE_SIZE)
-        page = tl.load(pages_ptr + own, mask=own * PAGE_SIZE < stop, other=0, cache_modifier=".cg")
-        slots = page.to(tl.int64)[:, None] * PAGE_SIZE + tl.arange(0, PAGE_SIZE)[None, :]
+    if BLOCK_L % PAGE_SIZE == 0:
+        slots = pages.to(tl.int64)[:, None] * PAGE_SIZE + tl.arange(0, PAGE_SIZE)[None, :]
         slot = tl.reshape(slots, [BLOCK_L])
     else:
-        page = tl.load(pages_ptr + position // PAGE_SIZE, mask=is_context, other=0, cache_modifier=".cg")
-        slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
+        slot = pages.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
     first = (slot * num_kv_heads + kv_head)[:, None] * head_dim
     low, high = load_halves(k_ptr, first, is_context, head_dim, HALF)
     i = tl.arange(0, BLOCK_D)
     inside = is_context[:, None] & (i < head_dim)[None, :]
     return low, high, tl.load(v_ptr + first + i[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _put_here(x, is_row):
+    """x [N, M] with zeros, which it has already, where not is_row [N]: into shared memory no earlier than where it is.
+
+    Otherwise the compiler stores what is loaded where it is loaded, and waits for it before it asks for more.
+    """
+    return tl.where(is_row[:, None], x, 0.0)
 
 
 @triton.jit
@@ -63,11 +84,16 @@ def _filled_up(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _attend(q_low, q_high, low, high, values, is_context, scale, largest, total, out):
-    """Online softmax in base 2: largest, total and out with these keys, in halves, and values taken in."""
+def _scores(q_low, q_high, low, high, is_context, scale):
+    """Of these keys, in halves, in base 2."""
     scores = tl.dot(q_low, tl.trans(low), input_precision="ieee")
     scores = tl.dot(q_high, tl.trans(high), scores, input_precision="ieee") * scale
-    scores = tl.where(is_context[None, :], scores, float("-inf"))
+    return tl.where(is_context[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _take_in(scores, values, largest, total, out):
+    """Online softmax: largest, total and out with these values."""
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - new_largest[:, None])
     shrink = tl.exp2(largest - new_largest)
@@ -128,6 +154,9 @@ def _paged_attention_kernel(
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
+    pages_ptr += row * num_pages
+    # Those of one block for each split, which most contexts have: asked for beside the length, and not after it.
+    pages = _load_pages(pages_ptr, split * BLOCK_L, num_pages * PAGE_SIZE, 0, PAGE_SIZE, BLOCK_L)
     length = tl.load(lengths_ptr + row, cache_modifier=".cg")
     held = length
     if APPENDS:
@@ -137,10 +166,13 @@ def _paged_attention_kernel(
     first = num_blocks * split // num_splits * BLOCK_L
     stop = tl.minimum(num_blocks * (split + 1) // num_splits * BLOCK_L, held)
     if split < num_splits:
-        pages_ptr += row * num_pages
+        if num_blocks > SPLITS:
+            pages = _load_pages(pages_ptr, first, stop, 0, PAGE_SIZE, BLOCK_L)
         low, high, values = _load_block(
-            k_ptr, v_ptr, pages_ptr, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
+            k_ptr, v_ptr, pages, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
         )
+        is_context = first + tl.arange(0, BLOCK_L) < stop
+        low, high = _put_here(low, is_context), _put_here(high, is_context)
         i = tl.arange(0, BLOCK_D)
         in_head = i < head_dim
         member = tl.arange(0, MEMBERS)
@@ -171,14 +203,15 @@ def _paged_attention_kernel(
         largest = tl.full([GROUP], -1e30, tl.float32)
         total = tl.zeros([GROUP], tl.float32)
         out = tl.zeros([GROUP, BLOCK_D], tl.float32)
-        is_context = first + tl.arange(0, BLOCK_L) < stop
-        largest, total, out = _attend(all_low, all_high, low, high, values, is_context, scale, largest, total, out)
+        scores = _scores(all_low, all_high, low, high, is_context, scale)
+        largest, total, out = _take_in(scores, _put_here(values, is_context), largest, total, out)
         for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=STAGES):
+            pages = _load_pages(pages_ptr, start, stop, 0, PAGE_SIZE, BLOCK_L)
             low, high, values = _load_block(
-                k_ptr, v_ptr, pages_ptr, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
+                k_ptr, v_ptr, pages, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
             )
-            is_context = start + tl.arange(0, BLOCK_L) < stop
-            largest, total, out = _attend(all_low, all_high, low, high, values, is_context, scale, largest, total, out)
+            scores = _scores(all_low, all_high, low, high, start + tl.arange(0, BLOCK_L) < stop, scale)
+            largest, total, out = _take_in(scores, values, largest, total, out)
 
         pair = row * num_kv_heads + kv_head
         padded = tl.arange(0, GROUP)
@@ -249,7 +282,7 @@ def paged_attention(
     part_max, part_sum = q.new_empty(2, *parts, dtype=torch.float32)
     # Warps that hold the same numbers sum them in the same place. Products fused into sums would make the last bits of
     # their sums differ, and which of them stays would be chance.
-    _paged_attention_kernel[(batch, num_kv_heads, splits)](
+    kernel = _paged_attention_kernel[(batch, num_kv_heads, splits)](
         q, norm_weight, turns, eps, k_cache, v_cache, pages, lengths, out, part, part_max, part_sum,
         tickets, pages.shape[1], 1.4426950408889634 * head_dim**-0.5, num_kv_heads, group, head_dim,
         PAGE_SIZE=page_size, SPLITS=splits, GROUP=max(MIN_GROUP, members), MEMBERS=members, BLOCK_D=block_d,
@@ -258,6 +291,7 @@ def paged_attention(
         SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=WARPS,
         enable_fp_fusion=False, **overlap_options(q),
     )  # fmt: skip
+    share_alike(kernel, batch)
     return out
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitalrt_kernels.gpu.overlap import overlap_options, wait_for_previous
+from vitalrt_kernels.gpu.overlap import overlap_options, share_alike, wait_for_previous
 from vitalrt_kernels.gpu.row_warps import row_warps
 
 BLOCKS_PER_SM = {"_rms_norm_kernel": 4}
@@ -39,7 +39,8 @@ def rms_norm(
     block = triton.next_power_of_2(x.shape[1])
     num_warps = row_warps(block, MAX_WARPS)
     if len(x):
-        _rms_norm_kernel[(len(x),)](
+        kernel = _rms_norm_kernel[(len(x),)](
             x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=num_warps, **overlap_options(x)
         )
+        share_alike(kernel, len(x))
     return normed if total is None else (normed, total)
