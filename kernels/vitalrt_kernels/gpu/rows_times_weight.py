@@ -83,23 +83,24 @@ def _one_row(
     wait_for_previous(OVERLAPS)
     if residual_ptr is not None:
         residual = _load_residual(residual_ptr, 1, first, num_outputs, 1, BLOCK_N)
+    own, norm = _load_columns(x_ptr, norm_ptr, tl.arange(0, BLOCK_K)[None, :], width)
     for start in range(0, width, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
+        next_own, next_norm = _load_columns(x_ptr, norm_ptr, columns + BLOCK_K, width)
         if IS_AHEAD:
             next_weight, next_up = _load_by_eight(
                 weight_ptr, up_ptr, skipped, rows, is_output, columns + BLOCK_K, width
             )
         else:
             weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
-        in_row = columns < width
-        x = tl.load(x_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        x = own.to(tl.float32)
         if norm_ptr is not None:
-            norm = tl.load(norm_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last")
             squares = _add_products(squares, x, x, 8)
             x *= norm.to(tl.float32)
         total = _add_products(total, x, as_fp32(weight), 8)
         if up_ptr is not None:
             up_total = _add_products(up_total, x, as_fp32(up), 8)
+        own, norm = next_own, next_norm
         if IS_AHEAD:
             weight, up = next_weight, next_up
     y = tl.sum(total, 1)[None, :]
@@ -115,6 +116,17 @@ def _one_row(
         return y, y_of_up, residual
     else:
         return y, y_of_up, y
+
+
+@triton.jit
+def _load_columns(x_ptr, norm_ptr, columns, width):
+    """Of x and of the norm, or None."""
+    in_row = columns < width
+    x = tl.load(x_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last")
+    if norm_ptr is not None:
+        return x, tl.load(norm_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last")
+    else:
+        return x, x
 
 
 @triton.jit
