@@ -22,6 +22,20 @@ from vitalrt_kernels.kv_append import kv_append
 from vitalrt_kernels.norm_rope_append import turn_reference
 from vitalrt_kernels.tickets import check_tickets
 
+BLOCK_L = 64  # positions that a thread block takes at once
+MAX_SPLITS = 32
+TARGET_BLOCKS = 264  # two per multiprocessor of an H200
+
+
+def num_splits(num_pairs: int, longest: int) -> int:
+    """Into how many parts contexts of up to `longest` positions are divided.  num_pairs: B * G.
+
+    Enough to fill the card, of one block each if that is not more; a power of two, so that there are few variants.
+    """
+    most = max(1, min(TARGET_BLOCKS // num_pairs, MAX_SPLITS))
+    num_blocks = max(1, -(-longest // BLOCK_L))
+    return int(min(1 << (most.bit_length() - 1), 1 << (num_blocks - 1).bit_length()))
+
 
 class Append(NamedTuple):
     """norm_weight: [H + G, D].  turns: [B, D] fp32, cosines and then sines, as begin_step gives them."""
@@ -69,15 +83,18 @@ def paged_attention(
     page_size: int,
     tickets: torch.Tensor,
     append: Append | None = None,
+    splits: int | None = None,
 ) -> torch.Tensor:
     """q: [B, H, D].  k_cache, v_cache: [S, G, D], read only without append.  One dtype, all contiguous.
 
-    pages: [B, P] int32, page p of a sequence holds its positions from p * page_size on; those past its length are not
-    read.  lengths: [B] int32, the new token's own position included; an idle row of length 0 gives zeros.
+    pages: [B, P] int32, page p of a sequence holds its positions from p * page_size on; what those past its length say
+    does not matter.  lengths: [B] int32, the new token's own position included; an idle row of length 0 gives zeros.
     tickets: [at least B * G], from tickets.new_tickets.
     append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
     caches modified: k and v of each row that is not idle go to the slot of its last position. Where launches overlap,
     all but q is then read before the launch before has ended: none in flight may write it.
+    splits: num_splits of the longest context, where it is known without asking the device; else of all pages. Longer
+    ones are right too.
     Returns [B, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").
@@ -94,8 +111,9 @@ def paged_attention(
         expect(name, cache, (num_slots, num_kv_heads, head_dim), q.dtype, q.device)
     expect("pages", pages, (batch, pages.shape[1]), torch.int32, q.device)
     expect("lengths", lengths, (batch,), torch.int32, q.device)
-    if page_size < 1:
-        raise ValueError(f"page_size: expected at least 1, got {page_size}")
+    for name, value in (("page_size", page_size), ("splits", splits)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected at least 1, got {value}")
     if append is not None:
         if head_dim % 2:
             raise ValueError(f"q: expected an even head dim to rotate, got {head_dim}")
@@ -105,5 +123,6 @@ def paged_attention(
     if runs_triton(q, k_cache, v_cache):
         from vitalrt_kernels.gpu import paged_attention as gpu
 
-        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append)
+        splits = splits or num_splits(max(1, batch * num_kv_heads), pages.shape[1] * page_size)
+        return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append, splits)
     return paged_attention_reference(q, k_cache, v_cache, pages, lengths, page_size, append)

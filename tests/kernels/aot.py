@@ -160,14 +160,15 @@ def launch_norm_rope_append(rows: int) -> None:
 
 def launch_paged_attention(rows: int) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
-    from vitalrt_kernels.paged_attention import Append
+    from vitalrt_kernels.paged_attention import Append, num_splits
 
+    splits = num_splits(rows * G, SLOTS)
     pages, lengths = meta(rows, SLOTS // PAGE, dtype=torch.int32), meta(rows, dtype=torch.int32)
     tickets = meta(rows * G, dtype=torch.int32)
     caches = meta(SLOTS, G, D), meta(SLOTS, G, D)
-    gpu.paged_attention(meta(rows, H, D), *caches, pages, lengths, PAGE, tickets, None)
+    gpu.paged_attention(meta(rows, H, D), *caches, pages, lengths, PAGE, tickets, None, splits)
     append = Append(meta(H + G, D), 1e-6, meta(rows, D, dtype=torch.float32))
-    gpu.paged_attention(meta(rows, H + 2 * G, D), *caches, pages, lengths, PAGE, tickets, append)
+    gpu.paged_attention(meta(rows, H + 2 * G, D), *caches, pages, lengths, PAGE, tickets, append, splits)
 
 
 def _say(tool: str, *arguments: str) -> str:

@@ -5,7 +5,7 @@ import torch
 
 from vitalrt_kernels import decode_attention
 from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
-from vitalrt_kernels.paged_attention import Append, paged_attention, paged_attention_reference
+from vitalrt_kernels.paged_attention import Append, num_splits, paged_attention, paged_attention_reference
 from vitalrt_kernels.tickets import new_tickets
 
 PAGE = 4
@@ -50,8 +50,8 @@ def test_kernel(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wron
     case = random_case(lengths, *heads, dtype, device)
     tickets = new_tickets(len(lengths) * heads[1], device)
     expected = paged_attention_reference(*[x.double() for x in case[:3]], *case[3:])
-    for _ in range(2):  # the second launch finds the tickets as the first left them
-        assert_close("paged_attention", gpu.paged_attention(*case, tickets, None), expected)
+    for splits in (num_splits(heads[1], max(lengths)), 2):  # the second finds the tickets as the first left them
+        assert_close("paged_attention", gpu.paged_attention(*case, tickets, None, splits), expected)
     assert not bool(tickets.any())
 
 
@@ -62,7 +62,7 @@ def test_pages_that_are_no_part_of_a_block_and_odd_heads(page: int, head_dim: in
 
     case = random_case([150, 0, 65], 6, 2, head_dim, torch.float32, device, page)
     expected = paged_attention_reference(*[x.double() for x in case[:3]], *case[3:])
-    assert_close("paged_attention", gpu.paged_attention(*case, new_tickets(6, device), None), expected)
+    assert_close("paged_attention", gpu.paged_attention(*case, new_tickets(6, device), None, splits=2), expected)
 
 
 def frequencies_of(head_dim: int) -> torch.Tensor:
@@ -109,14 +109,16 @@ def test_kernel_that_appends(
     from vitalrt_kernels.gpu import paged_attention as gpu
 
     skip_if_dot_is_wrong(dtype)
+    splits = num_splits(heads[1], max(lengths))
     if page != PAGE:
         monkeypatch.setattr(gpu, "PART_CELLS", 128)  # so that a short context is combined in several rounds
+        splits = 2  # so that one has several blocks
     case, append = append_case(lengths, *heads, dtype, device, page)
     exact = [x.double() if x.is_floating_point() else x for x in case[:5]]
     expected = paged_attention_reference(*exact, page, append._replace(norm_weight=append.norm_weight.double()))
     before = [cache.clone() for cache in case[1:3]]
     tickets = new_tickets(len(lengths) * heads[1], device)
-    assert_close("paged_attention", gpu.paged_attention(*case, tickets, append), expected)
+    assert_close("paged_attention", gpu.paged_attention(*case, tickets, append, splits), expected)
     for cache, old, wide in zip(case[1:3], before, exact[1:3], strict=True):
         was_written = old.isnan().all(-1).all(-1) & ~wide.isnan().any(-1).any(-1)
         assert int(was_written.sum()) == sum(length > 0 for length in lengths)
@@ -138,12 +140,12 @@ def test_appending_is_norm_rope_append_and_then_attention() -> None:
     assert torch.equal(k_cache.nan_to_num(7), caches[0].nan_to_num(7)) and bool(k_cache[slots[::2]].isfinite().all())
 
 
-def test_splits_are_used(device: str) -> None:
-    from vitalrt_kernels.gpu.paged_attention import num_splits
-
-    assert num_splits(num_pairs=8, capacity=2048) == 32
-    assert num_splits(num_pairs=8, capacity=65) == 2
-    assert num_splits(num_pairs=512, capacity=2048) == num_splits(num_pairs=8, capacity=16) == 1
+def test_contexts_are_split_by_their_length() -> None:
+    assert [num_splits(8, longest) for longest in (0, 16, 64, 65, 500, 512, 513, 1500, 9000)] == [
+        1, 1, 1, 2, 8, 8, 16, 32, 32
+    ]  # fmt: skip
+    assert num_splits(64, 2048) == 4
+    assert num_splits(512, 2048) == 1
 
 
 def test_reference_is_decode_attention() -> None:

@@ -29,6 +29,7 @@ from vitalrt_kernels import (
     head_argmax,
     linear_decode,
     new_tickets,
+    num_splits,
     paged_attention,
     quantise_int8,
     rms_norm,
@@ -155,6 +156,7 @@ class DeviceStep:
         self.pages = torch.zeros(max_batch, num_pages, dtype=torch.int32, device=device)
         self.latents = weights.embed.new_zeros(max_latents, weights.config.hidden_size)
         self._tickets = new_tickets(max_batch * weights.config.num_key_value_heads, device)
+        self._lengths = [0] * max_batch  # of contexts: never less than rows.lengths, which the host does not see
 
     def place(
         self, row: int, hidden: torch.Tensor, num_tokens: int, position: int, pages: torch.Tensor, k: int, limit: int
@@ -166,6 +168,7 @@ class DeviceStep:
         Where k is 0 its first token is taken from hidden at once.
         """
         rows = self.rows
+        self._lengths[row] = num_tokens
         rows.hidden[row].copy_(hidden)
         self.pages[row, : len(pages)].copy_(pages, non_blocking=True)
         rows.latents_left[row : row + 1].fill_(k)
@@ -191,6 +194,7 @@ class DeviceStep:
         stay as they are.
         """
         rows, num_rows = self.rows, len(hidden)
+        self._lengths = [*lengths, *[0] * (self.max_batch - num_rows)]
         rows.hidden[:num_rows].copy_(hidden)
         self.pages[:num_rows, : pages.shape[1]].copy_(pinned(pages, self.k_cache.device), non_blocking=True)
         offsets = [position - length for position, length in zip(positions, lengths, strict=True)]
@@ -206,32 +210,44 @@ class DeviceStep:
 
     def clear(self, row: int) -> None:
         """Leave a row idle."""
+        self._lengths[row] = 0
         self.rows.limits[row : row + 1].zero_()
 
     def answer(self, start: int, stop: int) -> None:
         """Tokens of rows start .. stop - 1, from their hidden states."""
         self._choose(self.rows.hidden[start:stop], self.rows.tokens[start:stop])
 
-    def step(self, num_rows: int, answers: bool) -> None:
+    def splits(self, num_rows: int, num_steps: int = 1) -> int:
+        """What attention is best divided into in the next num_steps of the first num_rows rows."""
+        longest = min(max(self._lengths[:num_rows]) + num_steps, self.pages.shape[1] * self.page_size)
+        return num_splits(num_rows * self.k_cache.shape[2], longest)
+
+    def has_stepped(self, num_rows: int, num_steps: int = 1) -> None:
+        """To be told after step and think, which, captured, tell nobody."""
+        for row in range(num_rows):
+            self._lengths[row] += num_steps if self._lengths[row] else 0
+
+    def step(self, num_rows: int, answers: bool, splits: int | None = None) -> None:
         """One latent step or answer token for each of the first num_rows rows. Of idle ones only hidden changes.
 
         answers: whether any of them answers after this step. If not, neither head nor sampling is run.
+        splits: as paged_attention takes it.
         """
         hidden = self.rows.hidden[:num_rows]
-        self._feed(hidden, hidden)
+        self._feed(hidden, hidden, splits)
         if answers:
             self.answer(0, num_rows)
 
-    def think(self, k: int) -> None:
-        """k latent steps of row 0 alone, z_1 .. z_k into latents, and then its first token."""
+    def think(self, k: int, splits: int | None = None) -> None:
+        """k latent steps of row 0 alone, z_1 .. z_k into latents, and then its first token.  splits: as for step."""
         z = self.rows.hidden[:1]
         for i in range(k):
-            self._feed(z, self.latents[i : i + 1])
+            self._feed(z, self.latents[i : i + 1], splits)
             z = self.latents[i : i + 1]
         self._choose(z, self.rows.tokens[:1])
         self.rows.hidden[:1].copy_(z)
 
-    def _feed(self, z: torch.Tensor, hidden: torch.Tensor) -> None:
+    def _feed(self, z: torch.Tensor, hidden: torch.Tensor, splits: int | None) -> None:
         """Through all layers: z [B, d], or the tokens of rows that answer. What they give goes to hidden [B, d]."""
         weights = self.weights
         rows = Rows(*[tensor[: len(z)] for tensor in self.rows])._replace(hidden=z)
@@ -240,7 +256,7 @@ class DeviceStep:
         def attend(layer: int, qkv: torch.Tensor) -> torch.Tensor:
             append = Append(weights.layers[layer].qk_norm, weights.eps, turns)
             caches, pages = (self.k_cache[layer], self.v_cache[layer]), self.pages[: len(z)]
-            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append)
+            return paged_attention(qkv, *caches, pages, reach, self.page_size, self._tickets, append, splits)
 
         for layer in range(len(weights.layers)):
             x = run_layer(weights, layer, x, attend)

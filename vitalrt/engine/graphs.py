@@ -89,7 +89,7 @@ class Graphs:
 
 
 class StepGraphs:
-    """A DeviceStep, by number of rows and kind; a lone row's whole thinking is one graph."""
+    """A DeviceStep, by number of rows, kind and splits of contexts; a lone row's whole thinking is one graph."""
 
     def __init__(self, device_step: DeviceStep) -> None:
         self.device_step = device_step
@@ -98,11 +98,15 @@ class StepGraphs:
     def step(self, num_rows: int, answers: bool) -> None:
         """As DeviceStep.step, of the next larger number of rows that is captured: 1, 2, 4, 8, .. max_batch."""
         num_captured = min(1 << (num_rows - 1).bit_length(), self.device_step.max_batch)
-        self._run(("step", num_captured, answers), lambda: self.device_step.step(num_captured, answers))
+        splits = self.device_step.splits(num_captured)
+        self._run(("step", num_captured, answers, splits), lambda: self.device_step.step(num_captured, answers, splits))
+        self.device_step.has_stepped(num_captured)
 
     def think(self, k: int) -> None:
         """As DeviceStep.think."""
-        self._run(("think", k), lambda: self.device_step.think(k))
+        splits = self.device_step.splits(1, k)
+        self._run(("think", k, splits), lambda: self.device_step.think(k, splits))
+        self.device_step.has_stepped(1, k)
 
     def _run(self, key: Hashable, function: Callable[[], None]) -> None:
         def dry_run() -> None:

@@ -13,15 +13,12 @@ import triton.language as tl
 from vitalrt_kernels.gpu.norm_rope import load_halves, turned
 from vitalrt_kernels.gpu.overlap import overlap_options, share_alike, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
-from vitalrt_kernels.paged_attention import Append
+from vitalrt_kernels.paged_attention import BLOCK_L, Append
 
 BLOCKS_PER_SM = {"_paged_attention_kernel": 2}
-BLOCK_L = 64
 WARPS = 4
 MIN_GROUP = 16  # rows of a tensor core product; smaller groups are padded
-MAX_SPLITS = 16
 FEW_SPLITS = 4  # and so many blocks in each that it pays to have the next one on its way
-TARGET_BLOCKS = 264  # two per multiprocessor of an H200
 PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 splits of 4 heads of 128
 
 
@@ -262,6 +259,7 @@ def paged_attention(
     page_size: int,
     tickets: torch.Tensor,
     append: Append | None,
+    splits: int,
 ) -> torch.Tensor:
     batch, num_heads, head_dim = q.shape
     num_kv_heads = k_cache.shape[1]
@@ -274,7 +272,6 @@ def paged_attention(
     out = q.new_empty(batch, num_heads, head_dim)
     if not batch:
         return out
-    splits = num_splits(batch * num_kv_heads, pages.shape[1] * page_size)
     members = triton.next_power_of_2(group)
     block_d = max(16, triton.next_power_of_2(head_dim))
     parts = (batch, num_kv_heads, splits, group)
@@ -293,9 +290,3 @@ def paged_attention(
     )  # fmt: skip
     share_alike(kernel, batch)
     return out
-
-
-def num_splits(num_pairs: int, capacity: int) -> int:
-    """Enough to fill the card, none that could never have a block of context; a power of two, so few variants."""
-    useful = min(TARGET_BLOCKS // num_pairs, triton.cdiv(capacity, BLOCK_L), MAX_SPLITS)
-    return 2 ** (useful.bit_length() - 1) if useful > 1 else 1

@@ -70,6 +70,7 @@ def _one_row(
     together by itself, and those, carried over, would be unpacked into a register each.
     """
     IS_AHEAD: tl.constexpr = weight_ptr.dtype.element_ty != tl.int8
+    IS_X_AHEAD: tl.constexpr = IS_AHEAD and norm_ptr is None  # with the norm's they would be twice as many
     outputs = tl.arange(0, BLOCK_N)[:, None]
     is_output = first + outputs < num_outputs
     skipped = tl.cast(first, tl.int64) * width
@@ -83,26 +84,31 @@ def _one_row(
     wait_for_previous(OVERLAPS)
     if residual_ptr is not None:
         residual = _load_residual(residual_ptr, 1, first, num_outputs, 1, BLOCK_N)
-    own, norm = _load_columns(x_ptr, norm_ptr, tl.arange(0, BLOCK_K)[None, :], width)
+    if IS_X_AHEAD:
+        x = _load_columns(x_ptr, tl.arange(0, BLOCK_K)[None, :], width)
     for start in range(0, width, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
-        next_own, next_norm = _load_columns(x_ptr, norm_ptr, columns + BLOCK_K, width)
+        if IS_X_AHEAD:
+            next_x = _load_columns(x_ptr, columns + BLOCK_K, width)
         if IS_AHEAD:
             next_weight, next_up = _load_by_eight(
                 weight_ptr, up_ptr, skipped, rows, is_output, columns + BLOCK_K, width
             )
         else:
             weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
-        x = own.to(tl.float32)
+        if not IS_X_AHEAD:
+            x = _load_columns(x_ptr, columns, width)
+        row = x.to(tl.float32)
         if norm_ptr is not None:
-            squares = _add_products(squares, x, x, 8)
-            x *= norm.to(tl.float32)
-        total = _add_products(total, x, as_fp32(weight), 8)
+            squares = _add_products(squares, row, row, 8)
+            row *= _load_columns(norm_ptr, columns, width).to(tl.float32)
+        total = _add_products(total, row, as_fp32(weight), 8)
         if up_ptr is not None:
-            up_total = _add_products(up_total, x, as_fp32(up), 8)
-        own, norm = next_own, next_norm
+            up_total = _add_products(up_total, row, as_fp32(up), 8)
         if IS_AHEAD:
             weight, up = next_weight, next_up
+        if IS_X_AHEAD:
+            x = next_x
     y = tl.sum(total, 1)[None, :]
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
@@ -119,14 +125,9 @@ def _one_row(
 
 
 @triton.jit
-def _load_columns(x_ptr, norm_ptr, columns, width):
-    """Of x and of the norm, or None."""
-    in_row = columns < width
-    x = tl.load(x_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last")
-    if norm_ptr is not None:
-        return x, tl.load(norm_ptr + columns, mask=in_row, other=0.0, eviction_policy="evict_last")
-    else:
-        return x, x
+def _load_columns(ptr, columns, width):
+    """Of a row that every block reads."""
+    return tl.load(ptr + columns, mask=columns < width, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
