@@ -175,6 +175,11 @@ def _say(tool: str, *arguments: str) -> str:
     return subprocess.run([CUDA_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def _wide_loads(code: str) -> int:
+    """Of 16 bytes for each thread."""
+    return sum(each.kind == "LDG" and ".128" in each.opcode for each in instructions(code))
+
+
 def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
     """Before it waits for the launch before, and in its loops over weights, if it has any."""
     before, waits, _ = code.partition(WAIT)
@@ -188,7 +193,8 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
         "loads_from_l2_before": sum("LDG" in each.opcode and "STRONG.GPU" in each.opcode for each in accesses),
         "loads_before": sum(each.kind == "LDG" for each in accesses),
         "fetches_before": before.count(FETCH),
-        "shared_stores_before": sum(each.opcode.startswith("STS") for each in instructions(before)) if waits else 0,
+        "wide_loads_before": _wide_loads(before) if waits else 0,
+        "wide_loads_at_once": _wide_loads(re.split(r"\bSTS\b", before)[0]) if waits else 0,
         "copies_to_shared": sum(each.opcode.startswith("LDGSTS") for each in instructions(code)),
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,
     }

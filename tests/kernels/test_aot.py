@@ -102,11 +102,14 @@ def test_attention_fuses_no_products(compiled: dict[str, Any]) -> None:
     assert attention and not any(row["fuses"] for row in attention) and any(row["fuses"] for row in compiled["rows"])
 
 
-def test_attention_has_keys_or_values_ready_before_it_waits(compiled: dict[str, Any]) -> None:
-    """The first block, in shared memory: 64 tokens of 256 bytes, 16 bytes a store. Both, with triton 3.6 to 3.8."""
+def test_attention_asks_for_its_first_block_at_once_and_before_it_waits(compiled: dict[str, Any]) -> None:
+    """64 keys and values of 256 bytes each; of one row three quarters or more before any is stored anywhere."""
     appends = [row for row in compiled["rows"] if row["appends"] and row["kernel"] == "_paged_attention_kernel"]
-    early = [row["shared_stores_before"] * 32 * row["warps"] * 16 >= 64 * 256 for row in appends if row["waits"]]
-    assert early and all(early)
+    block = 64 * 2 * 256
+    early = [row["wide_loads_before"] * 32 * row["warps"] * 16 == block for row in appends if row["waits"]]
+    one_row = [row for row in appends if row["waits"] and not row["copies_to_shared"]]
+    at_once = [row["wide_loads_at_once"] * 32 * row["warps"] * 16 >= 0.75 * block for row in one_row]
+    assert early and all(early) and at_once and all(at_once)
 
 
 def test_attention_of_many_rows_has_the_next_block_on_its_way(compiled: dict[str, Any]) -> None:

@@ -62,12 +62,16 @@ def _load_block(
 
 
 @triton.jit
-def _put_here(x, is_row):
-    """x [N, M] with zeros, which it has already, where not is_row [N]: into shared memory no earlier than where it is.
+def _store_here(x, is_row, STAGES: tl.constexpr):
+    """x [N, M], which is zero where not is_row [N]. Stored in shared memory where this stands, and no earlier.
 
-    Otherwise the compiler stores what is loaded where it is loaded, and waits for it before it asks for more.
+    Without anything to do between, the compiler stores what is loaded where it is loaded, so that it waits for the low
+    halves of keys, then for the high ones and then for values. Many rows, which have more in registers, leave it so.
     """
-    return tl.where(is_row[:, None], x, 0.0)
+    if STAGES == 1:
+        return tl.where(is_row[:, None], x, 0.0)
+    else:
+        return x
 
 
 @triton.jit
@@ -169,7 +173,7 @@ def _paged_attention_kernel(
             k_ptr, v_ptr, pages, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
         )
         is_context = first + tl.arange(0, BLOCK_L) < stop
-        low, high = _put_here(low, is_context), _put_here(high, is_context)
+        low, high = _store_here(low, is_context, STAGES), _store_here(high, is_context, STAGES)
         i = tl.arange(0, BLOCK_D)
         in_head = i < head_dim
         member = tl.arange(0, MEMBERS)
@@ -201,7 +205,7 @@ def _paged_attention_kernel(
         total = tl.zeros([GROUP], tl.float32)
         out = tl.zeros([GROUP, BLOCK_D], tl.float32)
         scores = _scores(all_low, all_high, low, high, is_context, scale)
-        largest, total, out = _take_in(scores, _put_here(values, is_context), largest, total, out)
+        largest, total, out = _take_in(scores, _store_here(values, is_context, STAGES), largest, total, out)
         for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=STAGES):
             pages = _load_pages(pages_ptr, start, stop, 0, PAGE_SIZE, BLOCK_L)
             low, high, values = _load_block(
