@@ -23,7 +23,7 @@ from vitalrt_kernels.norm_rope_append import turn_reference
 from vitalrt_kernels.tickets import check_tickets
 
 BLOCK_L = 64  # positions that a thread block takes at once
-MAX_SPLITS = 32
+MIN_SPLITS, MAX_SPLITS = 8, 32  # short contexts are not worth variants of their own
 TARGET_BLOCKS = 264  # two per multiprocessor of an H200
 
 
@@ -33,7 +33,7 @@ def num_splits(num_pairs: int, longest: int) -> int:
     Enough to fill the card, of one block each if that is not more; a power of two, so that there are few variants.
     """
     most = max(1, min(TARGET_BLOCKS // num_pairs, MAX_SPLITS))
-    num_blocks = max(1, -(-longest // BLOCK_L))
+    num_blocks = max(MIN_SPLITS, -(-longest // BLOCK_L))
     return int(min(1 << (most.bit_length() - 1), 1 << (num_blocks - 1).bit_length()))
 
 

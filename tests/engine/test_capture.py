@@ -90,31 +90,31 @@ def test_steps(decoder: Decoder, caches: torch.Tensor, captured: list[object]) -
     step.load(step.rows.hidden[:2], [3, 4], [3, 9], [0, 1], [8, 8], torch.zeros(2, 3, dtype=torch.int32))
     step.tell([1, 2])
     graphs.step(1, answers=False)
-    assert captured == [("think", 3, 1), ("step", 4, True, 1), ("step", 1, False, 1)]
+    assert captured == [("think", 3, 8), ("step", 4, True, 8), ("step", 1, False, 8)]
     with pytest.raises(NotImplementedError, match="meta"):
         step.rows.tokens.tolist()
 
 
 def test_longer_contexts_have_graphs_of_more_splits(decoder: Decoder, captured: list[object]) -> None:
     config = decoder.config
-    shape = (2, config.num_hidden_layers, 4 * BLOCK_L, config.num_key_value_heads, config.head_dim)
+    shape = (2, config.num_hidden_layers, 32 * BLOCK_L, config.num_key_value_heads, config.head_dim)
     step = DeviceStep(StepWeights(decoder), *torch.empty(shape, device=META), PAGE, ROWS)
     graphs = StepGraphs(step)
-    pages = torch.zeros(4 * BLOCK_L // PAGE, dtype=torch.int32)
-    step.place(0, step.rows.hidden[0], BLOCK_L - 2, 0, pages, k=1, limit=900)
+    pages = torch.zeros(32 * BLOCK_L // PAGE, dtype=torch.int32)
+    step.place(0, step.rows.hidden[0], 8 * BLOCK_L - 2, 0, pages, k=1, limit=900)
     graphs.think(1)
     for _ in range(2):
         graphs.step(1, answers=True)
-    step.place(1, step.rows.hidden[0], 2 * BLOCK_L, 0, pages, k=0, limit=900)
+    step.place(1, step.rows.hidden[0], 16 * BLOCK_L, 0, pages, k=0, limit=900)
     graphs.step(2, answers=True)
     step.clear(1)
     graphs.step(2, answers=True)
     step.load(step.rows.hidden[:1], [9], [9], [0], [900], pages[None])
     graphs.step(2, answers=True)
-    for _ in range(9 * BLOCK_L):  # the row has no more pages, whatever the host counts
+    for _ in range(99 * BLOCK_L):  # the row has no more pages, whatever the host counts
         step.has_stepped(1)
     graphs.step(1, answers=True)
-    assert [key[-1] for key in captured] == [1, 1, 2, 4, 2, 1, 4]  # type: ignore[index]
+    assert [key[-1] for key in captured] == [8, 8, 16, 32, 16, 8, 32]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("num_levels", [0, 2])

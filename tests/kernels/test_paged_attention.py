@@ -141,9 +141,7 @@ def test_appending_is_norm_rope_append_and_then_attention() -> None:
 
 
 def test_contexts_are_split_by_their_length() -> None:
-    assert [num_splits(8, longest) for longest in (0, 16, 64, 65, 500, 512, 513, 1500, 9000)] == [
-        1, 1, 1, 2, 8, 8, 16, 32, 32
-    ]  # fmt: skip
+    assert [num_splits(8, longest) for longest in (0, 65, 512, 513, 1024, 1500, 9000)] == [8, 8, 8, 16, 16, 32, 32]
     assert num_splits(64, 2048) == 4
     assert num_splits(512, 2048) == 1
 
