@@ -199,6 +199,10 @@ def _paged_attention_kernel(
             q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
             q_low, q_high = load_halves(q_ptr, q_first, is_member, head_dim, HALF)
         all_low, all_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
+        if APPENDS:
+            key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
+            products = q_low.to(tl.float32) * key_low.to(tl.float32) + q_high.to(tl.float32) * key_high.to(tl.float32)
+            new_score = scale * tl.sum(products, 1)
 
         # Finite where nothing has been seen: a padded member or an empty split must not compute inf - inf.
         largest = tl.full([GROUP], -1e30, tl.float32)
@@ -227,10 +231,7 @@ def _paged_attention_kernel(
             out_of_all = tl.zeros([MEMBERS, BLOCK_D], tl.float32)
             if APPENDS:
                 is_live = length > 0
-                key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
-                products = q_low.to(tl.float32) * key_low.to(tl.float32)
-                products += q_high.to(tl.float32) * key_high.to(tl.float32)
-                largest_of_all = tl.where(is_live, scale * tl.sum(products, 1), largest_of_all)
+                largest_of_all = tl.where(is_live, new_score, largest_of_all)
                 total_of_all += tl.where(is_live, 1.0, 0.0)
                 beside = new_value_ptr[None, :] + 0 * member[:, None]
                 new_value = tl.load(beside, mask=in_head[None, :], other=0.0).to(tl.float32)
@@ -244,7 +245,6 @@ def _paged_attention_kernel(
             tl.store(out_ptr + out_cells, whole.to(out_ptr.dtype.element_ty), mask=is_out)
         if APPENDS:  # noqa: SIM102 - known when this is compiled. Last, as nobody in this launch waits for it
             if (split == 0) & (length > 0):
-                key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
                 new_slot = new_page.to(tl.int64) * PAGE_SIZE + held % PAGE_SIZE
                 new_first = (new_slot * num_kv_heads + kv_head) * head_dim
                 new_k_ptr = k_ptr + new_first + tl.arange(0, HALF)[None, :] + 0 * member[:, None]
