@@ -111,26 +111,33 @@ def _combined(
     """[MEMBERS, BLOCK_D] fp32, of these [MEMBERS], [MEMBERS], [MEMBERS, BLOCK_D] and splits first .. first + num_splits
     - 1 with them; zeros if nothing has been seen.
 
-    SPLITS_AT_ONCE are asked for together, not one after the other, each a trip to L2. A cell's splits are summed by the
-    thread that has the cell: nothing moves between threads.
+    SPLITS_AT_ONCE are asked for together, not one after the other, each a trip to L2, and all of them have the same
+    maximum before any is weighed, so that no weight waits for another. A cell's splits are summed by the thread that
+    has the cell: nothing moves between threads.
     """
     head = tl.arange(0, MEMBERS)
     i = tl.arange(0, BLOCK_D)
     for start in range(0, num_splits, SPLITS_AT_ONCE):
+        of_all = largest
         for of_these in tl.static_range(SPLITS_AT_ONCE):
-            split = tl.where(head < group, start + of_these, num_splits)
-            is_part = split < num_splits
+            is_part = tl.where(head < group, start + of_these, num_splits) < num_splits
             parts = (first + start + of_these) * group + head
-            maximum = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
+            of_all = tl.maximum(of_all, tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg"))
+        shrink = tl.exp2(largest - of_all)
+        total *= shrink
+        out *= shrink[:, None]
+        for of_these in tl.static_range(SPLITS_AT_ONCE):
+            is_part = tl.where(head < group, start + of_these, num_splits) < num_splits
+            parts = (first + start + of_these) * group + head
+            own_largest = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
             part_sum = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
             is_cell = is_part[:, None] & (i < head_dim)[None, :]
             cells = parts[:, None] * head_dim + i[None, :]
             part = tl.load(part_ptr + cells, mask=is_cell, other=0.0, cache_modifier=".cg")
-            new_largest = tl.maximum(largest, maximum)
-            share, shrink = tl.exp2(maximum - new_largest), tl.exp2(largest - new_largest)
-            total = total * shrink + part_sum * share
-            out = out * shrink[:, None] + part * share[:, None]
-            largest = new_largest
+            share = tl.exp2(own_largest - of_all)
+            total += part_sum * share
+            out += part * share[:, None]
+        largest = of_all
     return out / tl.where(total > 0, total, 1.0)[:, None]
 
 
