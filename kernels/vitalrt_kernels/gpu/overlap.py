@@ -39,14 +39,16 @@ def share_alike(kernel: Any, num_rows: int) -> None:
 
     Blocks of two kernels are on one multiprocessor at a time only where both do with the same share of its memory that
     is not L1; else one waits until all of the other's have left. Left to itself the driver gives each kernel its own.
-    More rows want more of it.
+    More rows want more of it. It is a wish: a driver that does not grant it changes no result.
     """
-    if num_rows != 1 or getattr(kernel, "function", None) is None or kernel in _asked:
-        return
-    set_attribute = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute
-    if error := set_attribute(ctypes.c_void_p(kernel.function), CARVEOUT, SHARED_PERCENT):
-        raise RuntimeError(f"cuFuncSetAttribute: expected 0, got error {error}")
-    _asked.add(kernel)
+    if num_rows == 1 and getattr(kernel, "function", None) is not None and kernel not in _asked:
+        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, SHARED_PERCENT)
+        _asked.add(kernel)
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 @triton.jit

@@ -109,19 +109,25 @@ def _one_row(
             weight, up = next_weight, next_up
         if IS_X_AHEAD:
             x = next_x
-    y = tl.sum(total, 1)[None, :]
+    if up_ptr is not None:
+        sums, up_sums = tl.reduce((total, up_total), 1, _add_both)  # through shared memory together
+    else:
+        sums = tl.sum(total, 1)
+        up_sums = sums
+    y, y_of_up = sums[None, :], up_sums[None, :]
     if norm_ptr is not None:
         rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
         y *= rstd
-    y_of_up = y
-    if up_ptr is not None:
-        y_of_up = tl.sum(up_total, 1)[None, :]
-        if norm_ptr is not None:
-            y_of_up *= rstd
+        y_of_up *= rstd
     if residual_ptr is not None:
         return y, y_of_up, residual
     else:
         return y, y_of_up, y
+
+
+@triton.jit
+def _add_both(x, y, other_x, other_y):
+    return x + other_x, y + other_y
 
 
 @triton.jit
