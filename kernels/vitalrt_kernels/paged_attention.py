@@ -32,9 +32,9 @@ def num_splits(num_pairs: int, longest: int) -> int:
 
     Enough to fill the card, of one block each if that is not more; a power of two, so that there are few variants.
     """
-    most = max(1, min(TARGET_BLOCKS // num_pairs, MAX_SPLITS))
+    most = max(1, min(TARGET_BLOCKS // max(1, num_pairs), MAX_SPLITS))
     num_blocks = max(MIN_SPLITS, -(-longest // BLOCK_L))
-    return int(min(1 << (most.bit_length() - 1), 1 << (num_blocks - 1).bit_length()))
+    return min(2 ** (most.bit_length() - 1), 2 ** (num_blocks - 1).bit_length())
 
 
 class Append(NamedTuple):
@@ -123,6 +123,6 @@ def paged_attention(
     if runs_triton(q, k_cache, v_cache):
         from vitalrt_kernels.gpu import paged_attention as gpu
 
-        splits = splits or num_splits(max(1, batch * num_kv_heads), pages.shape[1] * page_size)
+        splits = splits or num_splits(batch * num_kv_heads, pages.shape[1] * page_size)
         return gpu.paged_attention(q, k_cache, v_cache, pages, lengths, page_size, tickets, append, splits)
     return paged_attention_reference(q, k_cache, v_cache, pages, lengths, page_size, append)

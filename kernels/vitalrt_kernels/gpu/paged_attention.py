@@ -23,19 +23,19 @@ PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 spl
 
 
 @triton.jit
-def _load_pages(pages_ptr, start, stop, others, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Of positions start .. start + BLOCK_L - 1, and `others` from `stop` on: of whole pages one each, few loads at
-    once, else one for every position.
+def _load_pages(pages_ptr, start, stop, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Of positions start .. start + BLOCK_L - 1, 0 from `stop` on; where blocks are whole pages one for each of these,
+    few loads, else one for every position.
 
     pages: of this sequence.  From L2: L1 may hold what was there before an earlier launch wrote, until this one has
     waited for the one before it.
     """
     if BLOCK_L % PAGE_SIZE == 0:
         own = start // PAGE_SIZE + tl.arange(0, BLOCK_L // PAGE_SIZE)
-        return tl.load(pages_ptr + own, mask=own * PAGE_SIZE < stop, other=others, cache_modifier=".cg")
+        return tl.load(pages_ptr + own, mask=own * PAGE_SIZE < stop, other=0, cache_modifier=".cg")
     else:
         position = start + tl.arange(0, BLOCK_L)
-        return tl.load(pages_ptr + position // PAGE_SIZE, mask=position < stop, other=others, cache_modifier=".cg")
+        return tl.load(pages_ptr + position // PAGE_SIZE, mask=position < stop, other=0, cache_modifier=".cg")
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _load_block(
 ):  # fmt: skip
     """Keys in two halves [BLOCK_L, HALF] and values [BLOCK_L, BLOCK_D] from position `start` on, zeros from `stop` on.
 
-    pages: as _load_pages gives them. From L2, as they are.
+    pages: as _load_pages gives them.  From L2, like these.
     """
     position = start + tl.arange(0, BLOCK_L)
     is_context = position < stop
@@ -164,7 +164,7 @@ def _paged_attention_kernel(
     split = tl.program_id(2)
     pages_ptr += row * num_pages
     # Those of one block for each split, which most contexts have: asked for beside the length, and not after it.
-    pages = _load_pages(pages_ptr, split * BLOCK_L, num_pages * PAGE_SIZE, 0, PAGE_SIZE, BLOCK_L)
+    pages = _load_pages(pages_ptr, split * BLOCK_L, num_pages * PAGE_SIZE, PAGE_SIZE, BLOCK_L)
     length = tl.load(lengths_ptr + row, cache_modifier=".cg")
     held = length
     if APPENDS:
@@ -175,7 +175,7 @@ def _paged_attention_kernel(
     stop = tl.minimum(num_blocks * (split + 1) // num_splits * BLOCK_L, held)
     if split < num_splits:
         if num_blocks > SPLITS:
-            pages = _load_pages(pages_ptr, first, stop, 0, PAGE_SIZE, BLOCK_L)
+            pages = _load_pages(pages_ptr, first, stop, PAGE_SIZE, BLOCK_L)
         low, high, values = _load_block(
             k_ptr, v_ptr, pages, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
         )
@@ -218,7 +218,7 @@ def _paged_attention_kernel(
         scores = _scores(all_low, all_high, low, high, is_context, scale)
         largest, total, out = _take_in(scores, _store_here(values, is_context, STAGES), largest, total, out)
         for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=STAGES):
-            pages = _load_pages(pages_ptr, start, stop, 0, PAGE_SIZE, BLOCK_L)
+            pages = _load_pages(pages_ptr, start, stop, PAGE_SIZE, BLOCK_L)
             low, high, values = _load_block(
                 k_ptr, v_ptr, pages, start, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
             )

@@ -67,10 +67,11 @@ def _one_row(
     Weights are asked for in the round before, the first before the launch before has ended. Where they are used in the
     same round, the compiler moves each load down to where its numbers are needed, and there it waits for the one
     before; carried over, they are asked for together and waited for once, while other warps multiply. It leaves bytes
-    together by itself, and those, carried over, would be unpacked into a register each.
+    together by itself, and those, carried over, would be unpacked into a register each. x, a trip
+    to L2, is asked for a round ahead too, but not where there is a norm, since that would have to be as well.
     """
     IS_AHEAD: tl.constexpr = weight_ptr.dtype.element_ty != tl.int8
-    IS_X_AHEAD: tl.constexpr = IS_AHEAD and norm_ptr is None  # with the norm's they would be twice as many
+    IS_X_AHEAD: tl.constexpr = IS_AHEAD and norm_ptr is None
     outputs = tl.arange(0, BLOCK_N)[:, None]
     is_output = first + outputs < num_outputs
     skipped = tl.cast(first, tl.int64) * width
