@@ -13,7 +13,7 @@ from vitalrt_kernels.kv_append import kv_append
 from vitalrt_kernels.latent_projector import ProjectorWeights, latent_projector
 from vitalrt_kernels.linear_decode import Int8Weight, Norm, linear_decode, quantise_int8
 from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
-from vitalrt_kernels.paged_attention import Append, num_splits, paged_attention
+from vitalrt_kernels.paged_attention import Append, num_splits, paged_attention, splits_up_to
 from vitalrt_kernels.rms_norm import rms_norm
 from vitalrt_kernels.swiglu import swiglu
 from vitalrt_kernels.tickets import new_tickets
@@ -41,6 +41,7 @@ __all__ = [
     "quantise_int8",
     "rms_norm",
     "rotate",
+    "splits_up_to",
     "swiglu",
     "turn_heads",
     "why_not_triton",

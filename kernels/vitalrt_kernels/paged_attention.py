@@ -30,11 +30,18 @@ TARGET_BLOCKS = 264  # two per multiprocessor of an H200
 def num_splits(num_pairs: int, longest: int) -> int:
     """Into how many parts contexts of up to `longest` positions are divided.  num_pairs: B * G.
 
-    Enough to fill the card, of one block each if that is not more; a power of two, so that there are few variants.
+    One for each block of the longest, rounded up to a power of two, at least MIN_SPLITS, but not more than fill the
+    card.
     """
     most = max(1, min(TARGET_BLOCKS // max(1, num_pairs), MAX_SPLITS))
     num_blocks = max(MIN_SPLITS, -(-longest // BLOCK_L))
     return min(2 ** (most.bit_length() - 1), 2 ** (num_blocks - 1).bit_length())
+
+
+def splits_up_to(num_pairs: int, longest: int) -> list[int]:
+    """All that num_splits may say of contexts that grow to `longest`."""
+    powers = [BLOCK_L << i for i in range(max(1, longest // BLOCK_L).bit_length() + 1)]
+    return sorted({num_splits(num_pairs, min(longest, power)) for power in powers})
 
 
 class Append(NamedTuple):
@@ -93,8 +100,8 @@ def paged_attention(
     append: q is then [B, H + 2 G, D], heads in the order q, k, v, as projected; q and k are normed and rotated, and the
     caches modified: k and v of each row that is not idle go to the slot of its last position. Where launches overlap,
     all but q is then read before the launch before has ended: none in flight may write it.
-    splits: num_splits of the longest context, where it is known without asking the device; else of all pages. Longer
-    ones are right too.
+    splits: num_splits of the longest context, where it is known without asking the device; else of all pages. Contexts
+    longer than was said are computed rightly as well.
     Returns [B, H, D].
     Raises ValueError on disagreeing shapes, dtypes or devices.
     Source: VITAL eq. 1 ("the KV-cache is updated in place").

@@ -23,6 +23,7 @@ from vitalrt_kernels.paged_attention import BLOCK_L
 
 PAGE, PAGES, ROWS = 4, 32, 4
 META = torch.device("meta")
+splits_that_came: list[object] = []
 
 
 class OnDeviceOnly(TorchDispatchMode):
@@ -56,6 +57,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object]]:
 
 
 def _queries(qkv: torch.Tensor, *others: object) -> torch.Tensor:
+    """In place of attention, or of norm_rope_append. The last argument of the one is how often contexts are split."""
+    splits_that_came.append(others[-1])
     k_cache = next(part for part in others if isinstance(part, torch.Tensor) and part.ndim == 3)
     return qkv[:, : qkv.shape[1] - 2 * k_cache.shape[1]].contiguous()
 
@@ -100,6 +103,7 @@ def test_longer_contexts_have_graphs_of_more_splits(decoder: Decoder, captured: 
     shape = (2, config.num_hidden_layers, 32 * BLOCK_L, config.num_key_value_heads, config.head_dim)
     step = DeviceStep(StepWeights(decoder), *torch.empty(shape, device=META), PAGE, ROWS)
     graphs = StepGraphs(step)
+    splits_that_came.clear()
     pages = torch.zeros(32 * BLOCK_L // PAGE, dtype=torch.int32)
     step.place(0, step.rows.hidden[0], 8 * BLOCK_L - 2, 0, pages, k=1, limit=900)
     graphs.think(1)
@@ -111,10 +115,11 @@ def test_longer_contexts_have_graphs_of_more_splits(decoder: Decoder, captured: 
     graphs.step(2, answers=True)
     step.load(step.rows.hidden[:1], [9], [9], [0], [900], pages[None])
     graphs.step(2, answers=True)
-    for _ in range(99 * BLOCK_L):  # the row has no more pages, whatever the host counts
-        step.has_stepped(1)
+    step.has_stepped(1, 99 * BLOCK_L)  # the row has no more pages, whatever the host counts
     graphs.step(1, answers=True)
-    assert [key[-1] for key in captured] == [8, 8, 16, 32, 16, 8, 32]  # type: ignore[index]
+    expected = [8, 8, 8, 16, 16, 8, 32]
+    assert [key[-1] for key in captured] == expected  # type: ignore[index]
+    assert splits_that_came[:: config.num_hidden_layers] == expected, "attention is told"
 
 
 @pytest.mark.parametrize("num_levels", [0, 2])

@@ -6,6 +6,7 @@ no memory) under a driver that names the architecture, so that what is compiled 
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import pkgutil
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +35,14 @@ FEATURES = 1152  # of MedSigLIP
 SLOTS, PAGE = 32768, 16
 ROWS = (1, 16)
 NORM_BYTES = 2 * d
+NUM_MULTIPROCESSORS = 132  # of an H200
+
+
+class Launched:
+    """What a launch gives."""
+
+    def __init__(self, function: int) -> None:
+        self.function = function
 
 
 class NamedArchitecture:
@@ -162,13 +172,13 @@ def launch_paged_attention(rows: int) -> None:
     from vitalrt_kernels.gpu import paged_attention as gpu
     from vitalrt_kernels.paged_attention import Append, num_splits
 
-    splits = num_splits(rows * G, SLOTS)
     pages, lengths = meta(rows, SLOTS // PAGE, dtype=torch.int32), meta(rows, dtype=torch.int32)
     tickets = meta(rows * G, dtype=torch.int32)
     caches = meta(SLOTS, G, D), meta(SLOTS, G, D)
-    gpu.paged_attention(meta(rows, H, D), *caches, pages, lengths, PAGE, tickets, None, splits)
     append = Append(meta(H + G, D), 1e-6, meta(rows, D, dtype=torch.float32))
-    gpu.paged_attention(meta(rows, H + 2 * G, D), *caches, pages, lengths, PAGE, tickets, append, splits)
+    for splits in {num_splits(rows * G, 500), num_splits(rows * G, SLOTS)}:
+        gpu.paged_attention(meta(rows, H, D), *caches, pages, lengths, PAGE, tickets, None, splits)
+        gpu.paged_attention(meta(rows, H + 2 * G, D), *caches, pages, lengths, PAGE, tickets, append, splits)
 
 
 def _say(tool: str, *arguments: str) -> str:
@@ -233,7 +243,7 @@ def main(capabilities: list[int]) -> None:
     rows: list[dict[str, Any]] = []
     run: Callable[..., Any] = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> Launched:
         compiled = run(self, *args, grid=grid, warmup=True, **options)
         named = dict(zip(self.arg_names, args, strict=False))
         name, metadata = self.__name__, compiled.metadata
@@ -249,9 +259,16 @@ def main(capabilities: list[int]) -> None:
         rows[-1] |= read_code(code, options)
         rows[-1] |= {"appends": named.get("norm_ptr") is not None, "splits_at_once": options.get("SPLITS_AT_ONCE")}
         rows[-1] |= {"fuses": metadata.enable_fp_fusion}
+        rows[-1] |= {"grid": grid, "shares_alike": False}
         if "BLOCK_N" in options:
             rows[-1] |= read_block(options, named, grid)
+        return Launched(function=len(rows))  # 0 would be no function
 
+    def set_attribute(function: ctypes.c_void_p, _: int, percent: int) -> None:
+        rows[(function.value or 0) - 1]["shares_alike"] = percent == overlap.SHARED_PERCENT
+
+    overlap._driver = lambda: SimpleNamespace(cuFuncSetAttribute=set_attribute)
+    overlap.num_multiprocessors = lambda device: NUM_MULTIPROCESSORS
     JITFunction.run = compile_only
     for capability in capabilities:
         driver.set_active(NamedArchitecture(capability))

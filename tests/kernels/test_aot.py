@@ -118,6 +118,16 @@ def test_attention_of_many_rows_has_the_next_block_on_its_way(compiled: dict[str
     assert {(row["splits_at_once"], row["copies_to_shared"] > 0) for row in attention} == {(8, False), (2, True)}
 
 
+def test_kernels_of_one_row_share_a_multiprocessor_alike(compiled: dict[str, Any]) -> None:
+    """And attention where each block may have a multiprocessor of its own: contexts of up to 1,024 tokens."""
+    of_step = ("_begin_step_kernel", "_linear_decode_kernel", "_head_argmax_kernel", "_paged_attention_kernel")
+    for row in compiled["rows"]:
+        if row["kernel"] in of_step:
+            is_one = row["grid"][0] == 1 if row["kernel"].startswith(("_begin", "_paged")) else row["rows"] == 1
+            is_large = row["kernel"].startswith("_paged") and row["grid"][1] * row["grid"][2] > 132
+            assert row["shares_alike"] == (row["waits"] and is_one and not is_large), row
+
+
 def test_a_short_context_is_combined_at_once(compiled: dict[str, Any]) -> None:
     attention = [row for row in compiled["rows"] if row["kernel"] == "_paged_attention_kernel"]
     assert {row["splits_at_once"] for row in attention} == {2, 8}, "of 16 rows, and of one: 512 tokens"

@@ -5,7 +5,13 @@ import torch
 
 from vitalrt_kernels import decode_attention
 from vitalrt_kernels.norm_rope_append import Rope, norm_rope_append
-from vitalrt_kernels.paged_attention import Append, num_splits, paged_attention, paged_attention_reference
+from vitalrt_kernels.paged_attention import (
+    Append,
+    num_splits,
+    paged_attention,
+    paged_attention_reference,
+    splits_up_to,
+)
 from vitalrt_kernels.tickets import new_tickets
 
 PAGE = 4
@@ -50,7 +56,7 @@ def test_kernel(dtype, lengths, heads, device, assert_close, skip_if_dot_is_wron
     case = random_case(lengths, *heads, dtype, device)
     tickets = new_tickets(len(lengths) * heads[1], device)
     expected = paged_attention_reference(*[x.double() for x in case[:3]], *case[3:])
-    for splits in (num_splits(heads[1], max(lengths)), 2):  # the second finds the tickets as the first left them
+    for splits in (num_splits(heads[1], max(lengths)), 8, 2):  # each finds the tickets as the one before left them
         assert_close("paged_attention", gpu.paged_attention(*case, tickets, None, splits), expected)
     assert not bool(tickets.any())
 
@@ -112,7 +118,7 @@ def test_kernel_that_appends(
     splits = num_splits(heads[1], max(lengths))
     if page != PAGE:
         monkeypatch.setattr(gpu, "PART_CELLS", 128)  # so that a short context is combined in several rounds
-        splits = 2  # so that one has several blocks
+        splits = 8 if max(lengths) > 512 else 2  # so that one has several blocks
     case, append = append_case(lengths, *heads, dtype, device, page)
     exact = [x.double() if x.is_floating_point() else x for x in case[:5]]
     expected = paged_attention_reference(*exact, page, append._replace(norm_weight=append.norm_weight.double()))
@@ -141,6 +147,8 @@ def test_appending_is_norm_rope_append_and_then_attention() -> None:
 
 
 def test_contexts_are_split_by_their_length() -> None:
+    assert splits_up_to(8, 9000) == splits_up_to(8, 1025) == [8, 16, 32]
+    assert (splits_up_to(8, 700), splits_up_to(8, 8), splits_up_to(64, 9000)) == ([8, 16], [8], [4])
     assert [num_splits(8, longest) for longest in (0, 65, 512, 513, 1024, 1500, 9000)] == [8, 8, 8, 16, 16, 32, 32]
     assert num_splits(64, 2048) == 4
     assert num_splits(512, 2048) == 1
@@ -172,6 +180,8 @@ def test_bad_arguments(index: int, bad: torch.Tensor, says: str) -> None:
         paged_attention(*case, new_tickets(4, "cpu"))
     with pytest.raises(ValueError, match="tickets: expected"):
         paged_attention(*random_case([9, 9], 6, 2, 8, torch.float32, "cpu"), new_tickets(3, "cpu"))
+    with pytest.raises(ValueError, match="splits: expected at least 1, got 0"):
+        paged_attention(*random_case([9, 9], 6, 2, 8, torch.float32, "cpu"), new_tickets(4, "cpu"), splits=0)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ from vitalrt_kernels import (
     paged_attention,
     quantise_int8,
     rms_norm,
+    splits_up_to,
     why_not_triton,
 )
 from vitalrt_kernels.backend import TRITON_DTYPES
@@ -156,7 +157,7 @@ class DeviceStep:
         self.pages = torch.zeros(max_batch, num_pages, dtype=torch.int32, device=device)
         self.latents = weights.embed.new_zeros(max_latents, weights.config.hidden_size)
         self._tickets = new_tickets(max_batch * weights.config.num_key_value_heads, device)
-        self._lengths = [0] * max_batch  # of contexts: never less than rows.lengths, which the host does not see
+        self._lengths = [0] * max_batch  # of rows that run never less than rows.lengths, which the host does not see
 
     def place(
         self, row: int, hidden: torch.Tensor, num_tokens: int, position: int, pages: torch.Tensor, k: int, limit: int
@@ -218,12 +219,20 @@ class DeviceStep:
         self._choose(self.rows.hidden[start:stop], self.rows.tokens[start:stop])
 
     def splits(self, num_rows: int, num_steps: int = 1) -> int:
-        """What attention is best divided into in the next num_steps of the first num_rows rows."""
-        longest = min(max(self._lengths[:num_rows]) + num_steps, self.pages.shape[1] * self.page_size)
-        return num_splits(num_rows * self.k_cache.shape[2], longest)
+        """Into how many parts attention is best divided in the next num_steps of the first num_rows rows."""
+        longest = max(self._lengths[:num_rows]) + num_steps - 1  # the newest token is no part of a split
+        return num_splits(num_rows * self.k_cache.shape[2], min(longest, self._capacity))
+
+    def all_splits(self, num_rows: int) -> list[int]:
+        """What splits() may come to as contexts grow."""
+        return splits_up_to(num_rows * self.k_cache.shape[2], self._capacity)
+
+    @property
+    def _capacity(self) -> int:
+        return self.pages.shape[1] * self.page_size
 
     def has_stepped(self, num_rows: int, num_steps: int = 1) -> None:
-        """To be told after step and think, which, captured, tell nobody."""
+        """StepGraphs says so after each step or think: replayed, these run no Python. Unsaid, it costs speed alone."""
         for row in range(num_rows):
             self._lengths[row] += num_steps if self._lengths[row] else 0
 

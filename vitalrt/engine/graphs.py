@@ -59,9 +59,13 @@ class Graphs:
         if not self.is_captured:
             function()
             return
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(function, dry_run)
+        self.prepare(key, function, dry_run)
         self._graphs[key].replay()
+
+    def prepare(self, key: Hashable, function: Callable[[], None], dry_run: Callable[[], None]) -> None:
+        """So that a later call does not have to wait for the capture."""
+        if self.is_captured and key not in self._graphs:
+            self._graphs[key] = self._capture(function, dry_run)
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._graphs
@@ -96,27 +100,49 @@ class StepGraphs:
         self._graphs = Graphs(device_step.k_cache.device)
 
     def step(self, num_rows: int, answers: bool) -> None:
-        """As DeviceStep.step, of the next larger number of rows that is captured: 1, 2, 4, 8, .. max_batch."""
+        """As DeviceStep.step, of the next larger number of rows that is captured: 1, 2, 4, 8, .. max_batch.
+
+        The first of a kind is captured for all numbers of splits: no answer is to stop where it gets long.
+        """
         num_captured = min(1 << (num_rows - 1).bit_length(), self.device_step.max_batch)
-        splits = self.device_step.splits(num_captured)
-        self._run(("step", num_captured, answers, splits), lambda: self.device_step.step(num_captured, answers, splits))
+        key = ("step", num_captured, answers, self.device_step.splits(num_captured))
+        if key not in self._graphs:
+            for splits in self.device_step.all_splits(num_captured):
+                self._graphs.prepare(*self._step_of(num_captured, answers, splits))
+        self._graphs(*self._step_of(*key[1:]))
         self.device_step.has_stepped(num_captured)
 
     def think(self, k: int) -> None:
         """As DeviceStep.think."""
         splits = self.device_step.splits(1, k)
-        self._run(("think", k, splits), lambda: self.device_step.think(k, splits))
+
+        def think() -> None:
+            self.device_step.think(k, splits)
+
+        self._graphs(("think", k, splits), think, self._while_idle(think))
         self.device_step.has_stepped(1, k)
 
-    def _run(self, key: Hashable, function: Callable[[], None]) -> None:
+    def _step_of(
+        self, num_rows: int, answers: bool, splits: int
+    ) -> tuple[Hashable, Callable[[], None], Callable[[], None]]:
+        """As Graphs takes it."""
+
+        def step() -> None:
+            self.device_step.step(num_rows, answers, splits)
+
+        return ("step", num_rows, answers, splits), step, self._while_idle(step)
+
+    def _while_idle(self, function: Callable[[], None]) -> Callable[[], None]:
+        """The function, but all rows are idle, so that no slot is written, and are afterwards as they were."""
+
         def dry_run() -> None:
             kept = [tensor.clone() for tensor in self.device_step.rows]
-            self.device_step.rows.limits.zero_()  # all idle: no slot is written
+            self.device_step.rows.limits.zero_()
             function()
             for tensor, value in zip(self.device_step.rows, kept, strict=True):
                 tensor.copy_(value)
 
-        self._graphs(key, function, dry_run)
+        return dry_run
 
 
 class TokenReader:

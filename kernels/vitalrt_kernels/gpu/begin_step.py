@@ -62,5 +62,5 @@ def begin_step(rows: Rows, embed: torch.Tensor, stop_ids: torch.Tensor, frequenc
             STOPS=triton.next_power_of_2(max(1, len(stop_ids))), BLOCK=min(MAX_BLOCK, triton.next_power_of_2(width)),
             HALF=triton.next_power_of_2(half), num_warps=4, **overlap_options(x),
         )  # fmt: skip
-        share_alike(kernel, batch)
+        share_alike(kernel, x)
     return StepInputs(x, turns, reach)

@@ -75,4 +75,4 @@ def head_argmax(
             h, values, scale, best, best_id, tickets, tokens, len(h), len(values), h.shape[1],
             SLICES_AT_ONCE=SLICES_AT_ONCE[of_tile["ROWS"]], **of_tile, **overlap_options(h),
         )  # fmt: skip
-        share_alike(kernel, len(h))
+        share_alike(kernel, h)

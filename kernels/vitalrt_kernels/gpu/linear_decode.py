@@ -95,5 +95,5 @@ def linear_decode(
             x, norm_weight, values, scale, residual, y, len(x), num_outputs, x.shape[1], eps, SWIGLU=swiglu,
             **options(len(x), tile), **overlap_options(x),
         )  # fmt: skip
-        share_alike(kernel, len(x))
+        share_alike(kernel, x)
     return y

@@ -19,8 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 OLDEST_CAPABILITY = (9, 0)
 LINE = tl.constexpr(128)  # bytes of L2
 SHARED_PERCENT = 4  # of a multiprocessor's fast memory; the rest is L1, through which weights come
+DRIVERS_CHOICE = -1
 CARVEOUT = 9  # the driver's number for CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-_asked: weakref.WeakSet[Any] = weakref.WeakSet()
+_asked: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -34,16 +35,29 @@ def overlap_options(tensor: torch.Tensor) -> dict[str, bool]:
     return {"OVERLAPS": True, "launch_pdl": True} if overlaps else {"OVERLAPS": False}
 
 
-def share_alike(kernel: Any, num_rows: int) -> None:
-    """kernel: what its launch gave, None where it is interpreted. If for one row: SHARED_PERCENT from the next one on.
+def share_alike(kernel: Any, rows: torch.Tensor, num_blocks: int = 1) -> None:
+    """How a multiprocessor's fast memory is divided into L1 and shared memory, from the kernel's next launch on.
 
-    Blocks of two kernels are on one multiprocessor at a time only where both do with the same share of its memory that
-    is not L1; else one waits until all of the other's have left. Left to itself the driver gives each kernel its own.
-    More rows want more of it. It is a wish: a driver that does not grant it changes no result.
+    Blocks of two kernels are on one multiprocessor at a time only where both do with the same division; else one waits
+    until all of the other's have left. Left to itself the driver gives each kernel its own. So where launches overlap,
+    kernels of a single row all ask for the same; those of more, or of so many blocks that one would wait for another
+    of its own kernel, leave it to the driver. A graph keeps what was asked for before its capture, by the dry run.
+
+    kernel: what its launch gave; None where it is interpreted.  num_blocks: those that need a lot of shared memory.
     """
-    if num_rows == 1 and getattr(kernel, "function", None) is not None and kernel not in _asked:
-        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, SHARED_PERCENT)
-        _asked.add(kernel)
+    if getattr(kernel, "function", None) is None or not can_overlap(rows.device):
+        return
+    is_alike = len(rows) == 1 and num_blocks <= num_multiprocessors(rows.device)
+    percent = SHARED_PERCENT if is_alike else DRIVERS_CHOICE
+    if _asked.get(kernel, DRIVERS_CHOICE) != percent:
+        _driver().cuFuncSetAttribute(
+            ctypes.c_void_p(kernel.function), CARVEOUT, percent
+        )  # a wish: no result hangs on it
+        _asked[kernel] = percent
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -24,9 +24,9 @@ PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 spl
 
 @triton.jit
 def _load_pages(pages_ptr, start, stop, PAGE_SIZE: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Of positions start .. start + BLOCK_L - 1, 0 from `stop` on; where blocks are whole pages one for each of these,
-    few loads, else one for every position.
+    """Numbers of the pages that hold positions start .. start + BLOCK_L - 1, 0 for what begins at `stop` or later.
 
+    Where a block is a whole number of pages one for each page, few loads, else one for each position.
     pages: of this sequence.  From L2: L1 may hold what was there before an earlier launch wrote, until this one has
     waited for the one before it.
     """
@@ -104,6 +104,12 @@ def _take_in(scores, values, largest, total, out):
 
 
 @triton.jit
+def _parts_of(split, first, num_splits, head, group):
+    """Where each head's part of a split is, and whether there is one."""
+    return (first + split) * group + head, tl.where(head < group, split, num_splits) < num_splits
+
+
+@triton.jit
 def _combined(
     largest, total, out, part_ptr, part_max_ptr, part_sum_ptr, first, num_splits, group: tl.constexpr,
     head_dim: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_AT_ONCE: tl.constexpr,
@@ -120,15 +126,13 @@ def _combined(
     for start in range(0, num_splits, SPLITS_AT_ONCE):
         of_all = largest
         for of_these in tl.static_range(SPLITS_AT_ONCE):
-            is_part = tl.where(head < group, start + of_these, num_splits) < num_splits
-            parts = (first + start + of_these) * group + head
+            parts, is_part = _parts_of(start + of_these, first, num_splits, head, group)
             of_all = tl.maximum(of_all, tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg"))
         shrink = tl.exp2(largest - of_all)
         total *= shrink
         out *= shrink[:, None]
         for of_these in tl.static_range(SPLITS_AT_ONCE):
-            is_part = tl.where(head < group, start + of_these, num_splits) < num_splits
-            parts = (first + start + of_these) * group + head
+            parts, is_part = _parts_of(start + of_these, first, num_splits, head, group)
             own_largest = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
             part_sum = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
             is_cell = is_part[:, None] & (i < head_dim)[None, :]
@@ -299,5 +303,5 @@ def paged_attention(
         SPLITS_AT_ONCE=min(splits, max(1, PART_CELLS // (members * block_d))), num_warps=WARPS,
         enable_fp_fusion=False, **overlap_options(q),
     )  # fmt: skip
-    share_alike(kernel, batch)
+    share_alike(kernel, q, num_kv_heads * splits)
     return out

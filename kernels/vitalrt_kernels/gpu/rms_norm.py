@@ -42,5 +42,5 @@ def rms_norm(
         kernel = _rms_norm_kernel[(len(x),)](
             x, residual, weight, normed, total, x.shape[1], eps, BLOCK=block, num_warps=num_warps, **overlap_options(x)
         )
-        share_alike(kernel, len(x))
+        share_alike(kernel, x)
     return normed if total is None else (normed, total)

@@ -67,8 +67,8 @@ def _one_row(
     Weights are asked for in the round before, the first before the launch before has ended. Where they are used in the
     same round, the compiler moves each load down to where its numbers are needed, and there it waits for the one
     before; carried over, they are asked for together and waited for once, while other warps multiply. It leaves bytes
-    together by itself, and those, carried over, would be unpacked into a register each. x, a trip
-    to L2, is asked for a round ahead too, but not where there is a norm, since that would have to be as well.
+    together by itself, and those, carried over, would be unpacked into a register each. x, a trip to L2, is asked for a
+    round ahead as well, unless there is a norm, whose weight would then have to be too.
     """
     IS_AHEAD: tl.constexpr = weight_ptr.dtype.element_ty != tl.int8
     IS_X_AHEAD: tl.constexpr = IS_AHEAD and norm_ptr is None
