@@ -19,7 +19,7 @@ from vitalrt.export.runtime import OnnxEngine
 from vitalrt.model.int8_linear import Int8Linear
 from vitalrt_kernels import why_not_triton
 from vitalrt_kernels.linear_decode import MAX_INT8_ROWS
-from vitalrt_kernels.tuned import CUBLAS, choices
+from vitalrt_kernels.tuned import CUBLAS, choices_of
 
 
 def describe_machine() -> dict[str, Any]:
@@ -108,7 +108,7 @@ def _gpu_step(engine: Engine) -> str:
     from vitalrt_kernels.gpu.overlap import can_overlap  # and with it triton, which is there where this is
 
     device = decoder.embed.weight.device
-    known = choices(torch.cuda.get_device_name(device))
+    known = choices_of(device)
     num_cublas = sum(use == CUBLAS for use in known.values())
     launches = "each launch set up beside the one before" if can_overlap(device) else "launches one after the other"
     tuned = f"tuned.json has {len(known)} shapes for this card, {num_cublas} of them for cuBLAS"

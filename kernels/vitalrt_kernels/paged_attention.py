@@ -23,25 +23,24 @@ from vitalrt_kernels.norm_rope_append import turn_reference
 from vitalrt_kernels.tickets import check_tickets
 
 BLOCK_L = 64  # positions that a thread block takes at once
-MIN_SPLITS, MAX_SPLITS = 8, 32  # short contexts are not worth variants of their own
+SPLITS = (8, 16, 32)  # of a context; each is a variant of the kernel, and a graph of the step
 TARGET_BLOCKS = 264  # two per multiprocessor of an H200
 
 
 def num_splits(num_pairs: int, longest: int) -> int:
     """Into how many parts contexts of up to `longest` positions are divided.  num_pairs: B * G.
 
-    One for each block of the longest, rounded up to a power of two, at least MIN_SPLITS, but not more than fill the
-    card.
+    The first of SPLITS that gives each block of the longest a part of its own, if there is one, but not more than fill
+    the card, and a power of two.
     """
-    most = max(1, min(TARGET_BLOCKS // max(1, num_pairs), MAX_SPLITS))
-    num_blocks = max(MIN_SPLITS, -(-longest // BLOCK_L))
-    return min(2 ** (most.bit_length() - 1), 2 ** (num_blocks - 1).bit_length())
+    most = max(1, TARGET_BLOCKS // max(1, num_pairs))
+    wanted = next((splits for splits in SPLITS if splits * BLOCK_L >= longest), SPLITS[-1])
+    return min(wanted, 2 ** (most.bit_length() - 1))
 
 
 def splits_up_to(num_pairs: int, longest: int) -> list[int]:
     """All that num_splits may say of contexts that grow to `longest`."""
-    powers = [BLOCK_L << i for i in range(max(1, longest // BLOCK_L).bit_length() + 1)]
-    return sorted({num_splits(num_pairs, min(longest, power)) for power in powers})
+    return sorted({num_splits(num_pairs, min(longest, splits * BLOCK_L)) for splits in SPLITS})
 
 
 class Append(NamedTuple):

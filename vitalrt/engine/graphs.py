@@ -105,11 +105,11 @@ class StepGraphs:
         The first of a kind is captured for all numbers of splits: no answer is to stop where it gets long.
         """
         num_captured = min(1 << (num_rows - 1).bit_length(), self.device_step.max_batch)
-        key = ("step", num_captured, answers, self.device_step.splits(num_captured))
+        key, *functions = self._step_of(num_captured, answers, self.device_step.splits(num_captured))
         if key not in self._graphs:
             for splits in self.device_step.all_splits(num_captured):
                 self._graphs.prepare(*self._step_of(num_captured, answers, splits))
-        self._graphs(*self._step_of(*key[1:]))
+        self._graphs(key, *functions)
         self.device_step.has_stepped(num_captured)
 
     def think(self, k: int) -> None:

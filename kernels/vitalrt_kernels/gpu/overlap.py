@@ -50,9 +50,8 @@ def share_alike(kernel: Any, rows: torch.Tensor, num_blocks: int = 1) -> None:
     is_alike = len(rows) == 1 and num_blocks <= num_multiprocessors(rows.device)
     percent = SHARED_PERCENT if is_alike else DRIVERS_CHOICE
     if _asked.get(kernel, DRIVERS_CHOICE) != percent:
-        _driver().cuFuncSetAttribute(
-            ctypes.c_void_p(kernel.function), CARVEOUT, percent
-        )  # a wish: no result hangs on it
+        # A wish: whatever the driver makes of it, results are the same.
+        _driver().cuFuncSetAttribute(ctypes.c_void_p(kernel.function), CARVEOUT, percent)
         _asked[kernel] = percent
 
 

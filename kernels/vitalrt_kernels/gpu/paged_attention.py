@@ -133,6 +133,7 @@ def _combined(
         out *= shrink[:, None]
         for of_these in tl.static_range(SPLITS_AT_ONCE):
             parts, is_part = _parts_of(start + of_these, first, num_splits, head, group)
+            # As above: the compiler loads it once.
             own_largest = tl.load(part_max_ptr + parts, mask=is_part, other=-1e30, cache_modifier=".cg")
             part_sum = tl.load(part_sum_ptr + parts, mask=is_part, other=0.0, cache_modifier=".cg")
             is_cell = is_part[:, None] & (i < head_dim)[None, :]

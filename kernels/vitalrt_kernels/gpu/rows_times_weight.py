@@ -86,7 +86,7 @@ def _one_row(
     if residual_ptr is not None:
         residual = _load_residual(residual_ptr, 1, first, num_outputs, 1, BLOCK_N)
     if IS_X_AHEAD:
-        x = _load_columns(x_ptr, tl.arange(0, BLOCK_K)[None, :], width)
+        x = _load_columns(x_ptr, columns, width)
     for start in range(0, width, BLOCK_K):
         columns = (start + tl.arange(0, BLOCK_K))[None, :]
         if IS_X_AHEAD:
