@@ -122,6 +122,22 @@ def test_longer_contexts_have_graphs_of_more_splits(decoder: Decoder, captured: 
     assert splits_that_came[:: config.num_hidden_layers] == expected, "attention is told"
 
 
+def test_the_first_step_of_a_kind_is_captured_for_longer_contexts_too(decoder: Decoder, monkeypatch) -> None:
+    """So that no answer stops in its middle; and no other step captures anything."""
+    config = decoder.config
+    shape = (2, config.num_hidden_layers, 32 * BLOCK_L, config.num_key_value_heads, config.head_dim)
+    step = DeviceStep(StepWeights(decoder), *torch.empty(shape, device=META), PAGE, ROWS)
+    prepared: list[object] = []
+    monkeypatch.setattr(Graphs, "prepare", lambda self, key, *functions: prepared.append(key))
+    monkeypatch.setattr(Graphs, "__contains__", lambda self, key: key in prepared)
+    monkeypatch.setattr(Graphs, "__call__", lambda self, key, *functions: None)
+    graphs = StepGraphs(step)
+    step.place(0, step.rows.hidden[0], 8 * BLOCK_L, 0, torch.zeros(512, dtype=torch.int32), k=0, limit=900)
+    for _ in range(3):
+        graphs.step(1, answers=True)
+    assert prepared == [("step", 1, True, splits) for splits in (8, 16, 32)]
+
+
 @pytest.mark.parametrize("num_levels", [0, 2])
 def test_prompts(num_levels: int, decoder: Decoder, caches: torch.Tensor, captured: list[object]) -> None:
     prefill = DevicePrefill(StepWeights(decoder), *caches, PAGE, num_deepstack=num_levels)

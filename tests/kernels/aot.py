@@ -185,6 +185,9 @@ def _say(tool: str, *arguments: str) -> str:
     return subprocess.run([CUDA_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
+_LABEL = re.compile(r"^\.L_x_\d+:", re.MULTILINE)
+
+
 def _wide_loads(code: str) -> int:
     """Of 16 bytes for each thread."""
     return sum(each.kind == "LDG" and ".128" in each.opcode for each in instructions(code))
@@ -208,6 +211,8 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
         "copies_to_shared": sum(each.opcode.startswith("LDGSTS") for each in instructions(code)),
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,
     }
+    if "BLOCK_N" in options:
+        read["row_before_loops"] = any(".EL." in each.opcode for each in instructions(_LABEL.split(code)[0]))
     if "BLOCK_N" in options and len(over_weights) == 1:
         (loop,) = over_weights
         read["loop"] = {

@@ -139,6 +139,13 @@ def test_warps_of_one_row_do_not_wait_for_each_other(over_weights: list[dict[str
     assert all(row["loop"]["barriers"] for row in over_weights if row["rows"] == 16), "barriers are found"
 
 
+def test_a_single_row_is_on_its_way_before_its_loop_unless_normed(over_weights: list[dict[str, Any]]) -> None:
+    """Only it is loaded to be evicted last. Not for int8, whose loads would come apart; the first norm is fetched."""
+    for row in over_weights:
+        if row["rows"] == 1:
+            assert row["row_before_loops"] == (row["weight"] != "int8" and not row["fetched"]), row
+
+
 def test_weights_are_not_waited_for_one_by_one(over_weights: list[dict[str, Any]]) -> None:
     """All that a thread loads in a round, it asks for before it needs any of it; of int8, half of it or more."""
     for row in over_weights:
