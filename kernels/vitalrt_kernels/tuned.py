@@ -23,7 +23,8 @@ CUBLAS = "cublas"
 class Tile(NamedTuple):
     """What a thread block does at once: outputs x columns of a weight, in `warps` warps.
 
-    Of one row, columns are 256 for each warp, or more, and stages is 1: weights go to registers. Of several, each warp
+    Of one row, outputs are 32 or fewer, whose sums a warp's lanes share, columns are 256 for each warp, or more, and
+    stages is 1: weights go to registers. Of several, each warp
     has an equal share of the columns, 16 or more, and stages is how many such pieces are on their way through shared
     memory.
     """

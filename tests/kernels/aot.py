@@ -212,6 +212,7 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,
     }
     if "BLOCK_N" in options:
+        read["exchanges"] = sum(each.kind == "SHFL" for each in instructions(code))
         read["row_before_loops"] = any(".EL." in each.opcode for each in instructions(_LABEL.split(code)[0]))
     if "BLOCK_N" in options and len(over_weights) == 1:
         (loop,) = over_weights
@@ -234,6 +235,7 @@ def read_block(options: dict[str, Any], named: dict[str, Any], grid: tuple[int, 
         "rows": options["ROWS"],
         "weight": str(weight.dtype).removeprefix("torch."),
         "fetched": NORM_BYTES if named.get("norm_ptr") is not None else 0,
+        "outputs": options["BLOCK_N"] * matrices,
         "bytes_a_round": options["BLOCK_N"] * options["BLOCK_K"] * weight.itemsize * matrices,
         "stages": options["STAGES"],
         "blocks": grid[0],

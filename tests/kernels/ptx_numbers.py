@@ -57,9 +57,9 @@ def narrow_bf16(values: Array) -> Array:
 
 
 def _fused(a: Array, b: Array, c: Array) -> Array:
-    """One rounding: fp32 in fp64, fp64 in what is longer."""
-    wide = np.longdouble if a.dtype == np.float64 else np.float64
-    return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(a.dtype)
+    """In c's dtype, where a and b may be narrower. One rounding: fp32 in fp64, fp64 in what is longer."""
+    wide = np.longdouble if c.dtype == np.float64 else np.float64
+    return (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(c.dtype)
 
 
 def _divided(a: Array, b: Array) -> Array:

@@ -139,6 +139,14 @@ def test_warps_of_one_row_do_not_wait_for_each_other(over_weights: list[dict[str
     assert all(row["loop"]["barriers"] for row in over_weights if row["rows"] == 16), "barriers are found"
 
 
+def test_lanes_share_the_sums_of_one_row(over_weights: list[dict[str, Any]]) -> None:
+    """Each of a warp's 32 lanes gives away all outputs but its own, one exchange for each; a few more for what is left
+    of them, for the norm and between warps. Summed up in every lane it would be five for each output."""
+    one_row = [row for row in over_weights if row["rows"] == 1 and row["kernel"] == "_linear_decode_kernel"]
+    assert [row for row in one_row if not row["outputs"] - 2 <= row["exchanges"] <= row["outputs"] + 16] == []
+    assert {row["outputs"] for row in one_row} == {8, 16}
+
+
 def test_a_single_row_is_on_its_way_before_its_loop_unless_normed(over_weights: list[dict[str, Any]]) -> None:
     """Only it is loaded to be evicted last. Not for int8, whose loads would come apart; the first norm is fetched."""
     for row in over_weights:

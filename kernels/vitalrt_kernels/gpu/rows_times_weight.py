@@ -11,6 +11,7 @@ from vitalrt_kernels.gpu.widen import as_fp32
 from vitalrt_kernels.linear_decode import MAX_ROWS
 from vitalrt_kernels.tuned import Tile
 
+LANES = tl.constexpr(32)  # of a warp
 NORM_BYTES = tl.constexpr(8192)  # of a norm's weight, fetched before the launch before has ended
 
 
@@ -110,25 +111,69 @@ def _one_row(
             weight, up = next_weight, next_up
         if IS_X_AHEAD:
             x = next_x
+    sums = _by_output(_shared_among_lanes(total, LANES // 2), BLOCK_N)
     if up_ptr is not None:
-        sums, up_sums = tl.reduce((total, up_total), 1, _add_both)  # through shared memory together
-    else:
-        sums = tl.sum(total, 1)
-        up_sums = sums
-    y, y_of_up = sums[None, :], up_sums[None, :]
+        up_sums = _by_output(_shared_among_lanes(up_total, LANES // 2), BLOCK_N)
     if norm_ptr is not None:
-        rstd = tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
-        y *= rstd
-        y_of_up *= rstd
-    if residual_ptr is not None:
-        return y, y_of_up, residual
+        of_squares = _by_output(squares, BLOCK_N)
+        if up_ptr is not None:
+            sums, up_sums, of_squares = tl.reduce((sums, up_sums, of_squares), 1, _add_three)
+        else:
+            sums, of_squares = tl.reduce((sums, of_squares), 1, _add_two)
+            up_sums = sums
+        rstd = tl.rsqrt(tl.sum(of_squares, 0) / width + eps)
+        sums *= rstd
+        up_sums *= rstd
+    elif up_ptr is not None:
+        sums, up_sums = tl.reduce((sums, up_sums), 1, _add_two)
     else:
-        return y, y_of_up, y
+        sums = tl.sum(sums, 1)
+        up_sums = sums
+    y = sums[None, :]
+    if residual_ptr is not None:
+        return y, up_sums[None, :], residual
+    else:
+        return y, up_sums[None, :], y
 
 
 @triton.jit
-def _add_both(x, y, other_x, other_y):
+def _shared_among_lanes(total, STRIDE: tl.constexpr):
+    """total [N, C], whose columns are the lanes of warps.  Returns [1, C]: each lane's share of one output's sum.
+
+    A lane gives half of its outputs to the one STRIDE lanes away, which gives it its share of the other half, and so on
+    until each is left with one of the N, in order: N - 1 exchanges in a warp. A reduction, which leaves every sum in
+    every lane, takes 5 N, and a multiprocessor makes one a clock.
+    """
+    N: tl.constexpr = total.shape[0]
+    C: tl.constexpr = total.shape[1]
+    if N == 1:
+        return total
+    else:
+        first, second = tl.split(tl.trans(tl.reshape(total, [2, N // 2, C // LANES, LANES]), 1, 2, 3, 0))
+        lane = tl.arange(0, LANES)[None, None, :]
+        keeps_second = (lane & STRIDE) != 0
+        given = tl.where(keeps_second, first, second)
+        taken = tl.gather(given, tl.broadcast_to(lane ^ STRIDE, given.shape), 2)
+        kept = tl.where(keeps_second, second, first) + taken
+        return _shared_among_lanes(tl.reshape(kept, [N // 2, C]), STRIDE // 2)
+
+
+@triton.jit
+def _by_output(shares, N: tl.constexpr):
+    """shares [1, C], of N outputs, one after the other, in the lanes of each warp: [N, C / N]."""
+    C: tl.constexpr = shares.shape[1]
+    of_warps = tl.reshape(shares, [C // LANES, N, LANES // N])
+    return tl.reshape(tl.trans(of_warps, 1, 0, 2), [N, C // N])
+
+
+@triton.jit
+def _add_two(x, y, other_x, other_y):
     return x + other_x, y + other_y
+
+
+@triton.jit
+def _add_three(x, y, z, other_x, other_y, other_z):
+    return x + other_x, y + other_y, z + other_z
 
 
 @triton.jit
