@@ -195,7 +195,7 @@ def _wide_loads(code: str) -> int:
 
 def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
     """Before it waits for the launch before, and in its loops over weights, if it has any."""
-    before, waits, _ = code.partition(WAIT)
+    before, waits, after = code.partition(WAIT)
     accesses = [each for each in instructions(before) if each.is_global_access]
     if "BLOCK_N" in options:  # weights may be touched
         accesses = [each for each in accesses if not is_of_weights(each)]
@@ -208,6 +208,7 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
         "fetches_before": before.count(FETCH),
         "wide_loads_before": _wide_loads(before) if waits else 0,
         "wide_loads_at_once": _wide_loads(re.split(r"\bSTS\b", before)[0]) if waits else 0,
+        "barriers_after": sum(each.opcode.startswith("BAR.SYNC") for each in instructions(after)),
         "copies_to_shared": sum(each.opcode.startswith("LDGSTS") for each in instructions(code)),
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,
     }

@@ -13,11 +13,13 @@ import triton.language as tl
 from vitalrt_kernels.gpu.norm_rope import load_halves, turned
 from vitalrt_kernels.gpu.overlap import overlap_options, share_alike, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
+from vitalrt_kernels.gpu.widen import INTERPRETED
 from vitalrt_kernels.paged_attention import BLOCK_L, Append
 
 BLOCKS_PER_SM = {"_paged_attention_kernel": 2}
 WARPS = 4
 MIN_GROUP = 16  # rows of a tensor core product; smaller groups are padded
+MIN_COLUMNS = tl.constexpr(8)  # of a tensor core product
 FEW_SPLITS = 4  # and so many blocks in each that it pays to have the next one on its way
 PART_CELLS = 4096  # of splits, held in registers at once while combining: 8 splits of 4 heads of 128
 
@@ -62,16 +64,18 @@ def _load_block(
 
 
 @triton.jit
-def _store_here(x, is_row, STAGES: tl.constexpr):
-    """x [N, M], which is zero where not is_row [N]. Stored in shared memory where this stands, and no earlier.
+def _store_here(x, STAGES: tl.constexpr):
+    """x, which is stored in shared memory where this stands, and no earlier. Many rows leave that to the compiler.
 
-    Without anything to do between, the compiler stores what is loaded where it is loaded, so that it waits for the low
-    halves of keys, then for the high ones and then for values. Many rows, which have more in registers, leave it so.
+    Left to it, what is loaded is stored where it is loaded, so that the low halves of keys are waited for first, then
+    the high ones and then values. It moves nothing past assembly that may have an effect; this has none, and is gone in
+    machine code.
     """
-    if STAGES == 1:
-        return tl.where(is_row[:, None], x, 0.0)
-    else:
+    if STAGES > 1 or INTERPRETED:
         return x
+    else:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=PACK)
 
 
 @triton.jit
@@ -94,12 +98,17 @@ def _scores(q_low, q_high, low, high, is_context, scale):
 
 @triton.jit
 def _take_in(scores, values, largest, total, out):
-    """Online softmax: largest, total and out with these values."""
+    """Online softmax: largest, total and out with these values.
+
+    Weights are summed by tensor cores too: a reduction meets between warps, which out would wait for.
+    """
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - new_largest[:, None])
     shrink = tl.exp2(largest - new_largest)
-    total = total * shrink + tl.sum(weights, 1)
-    out = tl.dot(weights.to(values.dtype), values, out * shrink[:, None], input_precision="ieee")
+    weights = weights.to(values.dtype)
+    ones = tl.full([values.shape[0], MIN_COLUMNS], 1.0, values.dtype)
+    total = total * shrink + tl.max(tl.dot(weights, ones, input_precision="ieee"), 1)
+    out = tl.dot(weights, values, out * shrink[:, None], input_precision="ieee")
     return new_largest, total, out
 
 
@@ -185,7 +194,7 @@ def _paged_attention_kernel(
             k_ptr, v_ptr, pages, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
         )
         is_context = first + tl.arange(0, BLOCK_L) < stop
-        low, high = _store_here(low, is_context, STAGES), _store_here(high, is_context, STAGES)
+        low, high = _store_here(low, STAGES), _store_here(high, STAGES)
         i = tl.arange(0, BLOCK_D)
         in_head = i < head_dim
         member = tl.arange(0, MEMBERS)
@@ -221,7 +230,7 @@ def _paged_attention_kernel(
         total = tl.zeros([GROUP], tl.float32)
         out = tl.zeros([GROUP, BLOCK_D], tl.float32)
         scores = _scores(all_low, all_high, low, high, is_context, scale)
-        largest, total, out = _take_in(scores, _store_here(values, is_context, STAGES), largest, total, out)
+        largest, total, out = _take_in(scores, _store_here(values, STAGES), largest, total, out)
         for start in tl.range(first + BLOCK_L, stop, BLOCK_L, num_stages=STAGES):
             pages = _load_pages(pages_ptr, start, stop, PAGE_SIZE, BLOCK_L)
             low, high, values = _load_block(
