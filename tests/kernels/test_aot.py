@@ -162,10 +162,12 @@ def test_a_single_row_is_on_its_way_before_its_loop_unless_normed(over_weights: 
 
 
 def test_weights_are_not_waited_for_one_by_one(over_weights: list[dict[str, Any]]) -> None:
-    """All that a thread loads in a round, it asks for before it needs any of it; of int8, half of it or more."""
+    """All that a thread loads in a round, it asks for before it needs any of it; of int8, half of it or more, and on
+    sm_120, whose memory brings a fifth of what an H200's does, a quarter."""
     for row in over_weights:
         asked = row["loop"]["bytes_before_use"] * 32 * row["warps"]
-        assert row["rows"] == 16 or asked >= row["bytes_a_round"] * (0.5 if row["weight"] == "int8" else 1), row
+        share = 1.0 if row["weight"] != "int8" else 0.25 if row["capability"] == 120 else 0.5
+        assert row["rows"] == 16 or asked >= row["bytes_a_round"] * share, row
 
 
 def test_enough_is_on_its_way_to_fill_the_memory(over_weights: list[dict[str, Any]]) -> None:

@@ -75,14 +75,16 @@ def _one_row(
     IS_X_AHEAD: tl.constexpr = IS_AHEAD and norm_ptr is None
     outputs = tl.arange(0, BLOCK_N)[:, None]
     is_output = first + outputs < num_outputs
-    skipped = tl.cast(first, tl.int64) * width
-    rows = outputs * width  # int32: within the block
+    rows = tl.cast(first, tl.int64) * width + outputs * width
+    weight_rows, up_rows = weight_ptr + rows, None
+    if up_ptr is not None:
+        up_rows = up_ptr + rows
     squares = tl.zeros([1, BLOCK_K // 8], tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     up_total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     if IS_AHEAD:
         columns = tl.arange(0, BLOCK_K)[None, :]
-        weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
+        weight, up = _load_by_eight(weight_rows, up_rows, is_output, columns, width)
     wait_for_previous(OVERLAPS)
     if residual_ptr is not None:
         residual = _load_residual(residual_ptr, 1, first, num_outputs, 1, BLOCK_N)
@@ -93,11 +95,9 @@ def _one_row(
         if IS_X_AHEAD:
             next_x = _load_columns(x_ptr, columns + BLOCK_K, width)
         if IS_AHEAD:
-            next_weight, next_up = _load_by_eight(
-                weight_ptr, up_ptr, skipped, rows, is_output, columns + BLOCK_K, width
-            )
+            next_weight, next_up = _load_by_eight(weight_rows, up_rows, is_output, columns + BLOCK_K, width)
         else:
-            weight, up = _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width)
+            weight, up = _load_by_eight(weight_rows, up_rows, is_output, columns, width)
         if not IS_X_AHEAD:
             x = _load_columns(x_ptr, columns, width)
         row = x.to(tl.float32)
@@ -183,16 +183,17 @@ def _load_columns(ptr, columns, width):
 
 
 @triton.jit
-def _load_by_eight(weight_ptr, up_ptr, skipped, rows, is_output, columns, width):
-    """These columns of the weight, and of `up`, or None, as stored; zero outside.
+def _load_by_eight(weight_rows, up_rows, is_output, columns, width):
+    """These columns of the weight's rows, and of those of `up`, or None, as stored; zero outside.
 
     A thread has eight columns, as of x in 16 bits: int8 in 16 bytes would lie otherwise than x.
     """
     inside = is_output & (columns < width)
-    cells = tl.max_contiguous(skipped + rows + columns, [1, 8])
-    weight = tl.load(weight_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_first")
-    if up_ptr is not None:
-        up = tl.load(up_ptr + cells, mask=inside, other=0.0, eviction_policy="evict_first")
+    cells = tl.max_contiguous(weight_rows + columns, [1, 8])
+    weight = tl.load(cells, mask=inside, other=0.0, eviction_policy="evict_first")
+    if up_rows is not None:
+        up_cells = tl.max_contiguous(up_rows + columns, [1, 8])
+        up = tl.load(up_cells, mask=inside, other=0.0, eviction_policy="evict_first")
         return weight, up
     else:
         return weight, weight
