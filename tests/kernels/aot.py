@@ -207,7 +207,7 @@ def read_code(code: str, options: dict[str, Any]) -> dict[str, Any]:
         "loads_before": sum(each.kind == "LDG" for each in accesses),
         "fetches_before": before.count(FETCH),
         "wide_loads_before": _wide_loads(before) if waits else 0,
-        "wide_loads_at_once": _wide_loads(re.split(r"\bSTS\b", before)[0]) if waits else 0,
+        "stores_to_shared_before": sum(each.kind == "STS" for each in instructions(before)),
         "barriers_after": sum(each.opcode.startswith("BAR.SYNC") for each in instructions(after)),
         "copies_to_shared": sum(each.opcode.startswith("LDGSTS") for each in instructions(code)),
         "weights_before": bytes_before_use(instructions(before)) if waits else 0,

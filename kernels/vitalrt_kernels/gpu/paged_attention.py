@@ -194,7 +194,6 @@ def _paged_attention_kernel(
             k_ptr, v_ptr, pages, first, stop, kv_head, num_kv_heads, head_dim, PAGE_SIZE, BLOCK_L, BLOCK_D, HALF
         )
         is_context = first + tl.arange(0, BLOCK_L) < stop
-        low, high = _store_here(low, STAGES), _store_here(high, STAGES)
         i = tl.arange(0, BLOCK_D)
         in_head = i < head_dim
         member = tl.arange(0, MEMBERS)
@@ -219,6 +218,7 @@ def _paged_attention_kernel(
         else:
             q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
             q_low, q_high = load_halves(q_ptr, q_first, is_member, head_dim, HALF)
+        low, high = _store_here(low, STAGES), _store_here(high, STAGES)  # q need not wait for them
         all_low, all_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
         if APPENDS:
             key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
