@@ -23,10 +23,9 @@ CUBLAS = "cublas"
 class Tile(NamedTuple):
     """What a thread block does at once: outputs x columns of a weight, in `warps` warps.
 
-    Of one row, outputs are 32 or fewer, whose sums a warp's lanes share, columns are 256 for each warp, or more, and
-    stages is 1: weights go to registers. Of several, each warp
-    has an equal share of the columns, 16 or more, and stages is how many such pieces are on their way through shared
-    memory.
+    Of one row, outputs are 32 or fewer, whose sums a warp's lanes share, columns are 256 for each warp, or more,
+    and stages is 1: weights go to registers. Of several, each warp has an equal share of the columns, 16 or more,
+    and stages is how many such pieces are on their way through shared memory.
     """
 
     outputs: int

@@ -147,7 +147,7 @@ def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Pat
     from bench.gpu.shapes import random_model, small_config
     from vitalrt_kernels import tuned
 
-    good, fair, broken = tuned.Tile(16, 64, 1, 4), tuned.Tile(8, 128, 1, 4), tuned.Tile(32, 64, 1, 4)
+    good, fair, broken = tuned.Tile(16, 256, 1, 1), tuned.Tile(8, 512, 1, 2), tuned.Tile(16, 512, 1, 2)
     monkeypatch.setattr(tune, "TILES", {1: (fair, broken, good), 16: (tuned.Tile(16, 64, 2, 4),)})
     monkeypatch.setattr(tuned, "TABLE", tmp_path / "tuned.json")
     monkeypatch.setattr(tune, "TABLE", tmp_path / "tuned.json")
@@ -224,7 +224,7 @@ def test_noise_chooses_nothing(tmp_path: Path, monkeypatch) -> None:
     from bench.gpu.shapes import random_model, small_config
     from vitalrt_kernels import tuned
 
-    monkeypatch.setattr(tune, "TILES", {1: (tuned.Tile(16, 64, 1, 4),)})
+    monkeypatch.setattr(tune, "TILES", {1: (tuned.Tile(16, 256, 1, 1),)})
     monkeypatch.setattr(tuned, "_card", lambda device: "a card of no entries")
     clock = iter([10.0, 9.5, 9.5] * 2 + [10.0, 10.1, 10.1] + [10.0, 9.5, 9.5] * 2)  # default, tile, cuBLAS in turns
 
@@ -239,7 +239,7 @@ def test_noise_chooses_nothing(tmp_path: Path, monkeypatch) -> None:
     with torch.no_grad():
         record.run([Section("tune", lambda r: tune.measure(r, model), 50)])
     outcome = record.results["tune"]
-    assert outcome["entries"] == [] and outcome["rows"][0]["ms"]["[16, 64, 1, 4]"] == 9.5
+    assert outcome["entries"] == [] and outcome["rows"][0]["ms"]["[16, 256, 1, 1]"] == 9.5
 
 
 def test_steps_are_timed_with_what_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,10 +116,11 @@ def test_attention_asks_for_its_first_block_at_once_and_before_it_waits(compiled
 
 
 def test_warps_of_attention_meet_for_no_sum_of_weights(compiled: dict[str, Any]) -> None:
-    """After the wait nobody fills the time in which warps meet. A reduction takes two meetings, and there is a loop."""
+    """After the wait nobody fills the time in which warps meet. A reduction takes two or three barriers."""
     appends = [row for row in compiled["rows"] if row["appends"] and row["kernel"] == "_paged_attention_kernel"]
     waiting = [row for row in appends if row["waits"]]
-    assert waiting and [row for row in waiting if row["barriers_after"] > 24] == []
+    most = {8: 22, 2: 20}  # of one row, and of 16; 19 and 17 with triton 3.6
+    assert waiting and [row for row in waiting if row["barriers_after"] > most[row["splits_at_once"]]] == []
 
 
 def test_attention_of_many_rows_has_the_next_block_on_its_way(compiled: dict[str, Any]) -> None:
@@ -150,11 +151,12 @@ def test_warps_of_one_row_do_not_wait_for_each_other(over_weights: list[dict[str
 
 
 def test_lanes_share_the_sums_of_one_row(over_weights: list[dict[str, Any]]) -> None:
-    """Each of a warp's 32 lanes gives away all outputs but its own, one exchange for each; a few more for what is left
-    of them, for the norm and between warps. Summed up in every lane it would be five for each output."""
+    """Each of a warp's 32 lanes gives away all sums but its own, one exchange for each; a few more for what is left of
+    them, for the norm and between warps. Summed up in every lane it would be five for each, and more barriers."""
     one_row = [row for row in over_weights if row["rows"] == 1 and row["kernel"] == "_linear_decode_kernel"]
-    assert [row for row in one_row if not row["outputs"] - 2 <= row["exchanges"] <= row["outputs"] + 16] == []
-    assert {row["outputs"] for row in one_row} == {8, 16}
+    assert [row for row in one_row if not row["sums"] - 2 <= row["exchanges"] <= row["sums"] + 16] == []
+    assert {row["sums"] for row in one_row} == {8, 16}
+    assert [row for row in one_row if row["waits"] and not 0 < row["barriers_after"] <= 5] == []
 
 
 def test_a_single_row_is_on_its_way_before_its_loop_unless_normed(over_weights: list[dict[str, Any]]) -> None:
@@ -166,7 +168,7 @@ def test_a_single_row_is_on_its_way_before_its_loop_unless_normed(over_weights: 
 
 def test_weights_are_not_waited_for_one_by_one(over_weights: list[dict[str, Any]]) -> None:
     """All that a thread loads in a round, it asks for before it needs any of it; of int8, half of it or more, and on
-    sm_120, whose memory brings a fifth of what an H200's does, a quarter."""
+    sm_120, whose multiprocessors are brought a fifth as much in a clock as an H200's, a quarter."""
     for row in over_weights:
         asked = row["loop"]["bytes_before_use"] * 32 * row["warps"]
         share = 1.0 if row["weight"] != "int8" else 0.25 if row["capability"] == 120 else 0.5

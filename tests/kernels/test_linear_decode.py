@@ -15,6 +15,7 @@ from vitalrt_kernels.linear_decode import (
     linear_decode_reference,
     quantise_int8,
 )
+from vitalrt_kernels.tuned import Tile
 
 module = sys.modules[linear_decode.__module__]  # the package has a function of this name
 STAGES = ["norm", "residual", "norm_swiglu", "plain"]
@@ -51,6 +52,25 @@ def test_kernel(stage, dtype, shape, int8, device, assert_close, skip_if_dot_is_
     if int8:
         weight = exact_weight = quantise_int8(case["weight"])
     actual = gpu.linear_decode(case["x"], weight, *options(case, stage))
+    assert_close("linear_decode", actual, linear_decode_reference(exact["x"], exact_weight, *options(exact, stage)))
+
+
+@pytest.mark.parametrize("stage", ["norm", "norm_swiglu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("outputs", "warps"), [(1, 1), (2, 2), (32, 1), (32, 4)])
+@pytest.mark.parametrize("int8", [False, True])
+def test_tiles_of_one_row(stage, dtype, outputs: int, warps: int, int8: bool, device: str, assert_close) -> None:
+    """Lanes share the sums of as many outputs as there are: of one, of all 32; in more than one round."""
+    from vitalrt_kernels.gpu import linear_decode as gpu
+
+    columns = 256 * warps
+    case = random_case(stage, 1, outputs + 1, columns + 259)
+    case = {name: tensor.to(device, dtype) for name, tensor in case.items()}
+    exact = {name: tensor.double() for name, tensor in case.items()}
+    weight, exact_weight = case["weight"], exact["weight"]
+    if int8:
+        weight = exact_weight = quantise_int8(case["weight"])
+    actual = gpu.linear_decode(case["x"], weight, *options(case, stage), Tile(outputs, columns, 1, warps))
     assert_close("linear_decode", actual, linear_decode_reference(exact["x"], exact_weight, *options(exact, stage)))
 
 

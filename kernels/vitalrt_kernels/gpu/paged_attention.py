@@ -68,8 +68,8 @@ def _store_here(x, STAGES: tl.constexpr):
     """x, which is stored in shared memory where this stands, and no earlier. Many rows leave that to the compiler.
 
     Left to it, what is loaded is stored where it is loaded, so that the low halves of keys are waited for first, then
-    the high ones and then values. It moves nothing past assembly that may have an effect; this has none, and is gone in
-    machine code.
+    the high ones and then values. Triton moves nothing past assembly that may have an effect; this has none, and is
+    gone in machine code, which a test looks at.
     """
     if STAGES > 1 or INTERPRETED:
         return x
@@ -100,7 +100,8 @@ def _scores(q_low, q_high, low, high, is_context, scale):
 def _take_in(scores, values, largest, total, out):
     """Online softmax: largest, total and out with these values.
 
-    Weights are summed by tensor cores too: a reduction meets between warps, which out would wait for.
+    Weights are summed by tensor cores too, as each column of their product with ones: for a reduction warps would meet,
+    and out would wait.
     """
     new_largest = tl.maximum(largest, tl.max(scores, 1))
     weights = tl.exp2(scores - new_largest[:, None])
@@ -218,7 +219,10 @@ def _paged_attention_kernel(
         else:
             q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
             q_low, q_high = load_halves(q_ptr, q_first, is_member, head_dim, HALF)
-        low, high = _store_here(low, STAGES), _store_here(high, STAGES)  # q need not wait for them
+        low, high = (
+            _store_here(low, STAGES),
+            _store_here(high, STAGES),
+        )  # after q has been asked for, which so does not wait
         all_low, all_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
         if APPENDS:
             key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)

@@ -62,8 +62,8 @@ def _one_row(
     """Multiplied and added by each thread for itself, so that the loop holds no reduction and no barrier.
 
     For that, x has to come to every thread as the weight does: BLOCK_K is at least the 8 columns of each of the block's
-    threads (see Tile). The sums are divided by the rms at the end, as the sum of squares comes out of the same loop:
-    weights stream from the first moment.
+    threads, and for what follows BLOCK_N at most the lanes of a warp (see Tile). The sums are divided by the rms at the
+    end, as the sum of squares comes out of the same loop: weights stream from the first moment.
 
     Weights are asked for in the round before, the first before the launch before has ended. Where they are used in the
     same round, the compiler moves each load down to where its numbers are needed, and there it waits for the one
@@ -71,14 +71,16 @@ def _one_row(
     together by itself, and those, carried over, would be unpacked into a register each. x, a trip to L2, is asked for a
     round ahead as well, unless there is a norm, whose weight would then have to be too.
     """
+    tl.static_assert(BLOCK_N <= LANES and BLOCK_K >= 8 * LANES, "of one row: up to 32 outputs, 256 columns or more")
     IS_AHEAD: tl.constexpr = weight_ptr.dtype.element_ty != tl.int8
     IS_X_AHEAD: tl.constexpr = IS_AHEAD and norm_ptr is None
     outputs = tl.arange(0, BLOCK_N)[:, None]
     is_output = first + outputs < num_outputs
-    rows = tl.cast(first, tl.int64) * width + outputs * width
-    weight_rows, up_rows = weight_ptr + rows, None
+    # Addressed row by row: with one offset for all, triton 3.8 asks for up's only after gate's have been used.
+    starts = tl.cast(first, tl.int64) * width + outputs * width  # the second in int32: within the block
+    weight_rows, up_rows = weight_ptr + starts, None
     if up_ptr is not None:
-        up_rows = up_ptr + rows
+        up_rows = up_ptr + starts
     squares = tl.zeros([1, BLOCK_K // 8], tl.float32)
     total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
     up_total = tl.zeros([BLOCK_N, BLOCK_K // 8], tl.float32)
@@ -115,7 +117,7 @@ def _one_row(
     if up_ptr is not None:
         up_sums = _by_output(_shared_among_lanes(up_total, LANES // 2), BLOCK_N)
     if norm_ptr is not None:
-        of_squares = _by_output(squares, BLOCK_N)
+        of_squares = _by_output(squares, BLOCK_N)  # in as many parts as outputs, to go along with their reduction
         if up_ptr is not None:
             sums, up_sums, of_squares = tl.reduce((sums, up_sums, of_squares), 1, _add_three)
         else:
@@ -138,11 +140,12 @@ def _one_row(
 
 @triton.jit
 def _shared_among_lanes(total, STRIDE: tl.constexpr):
-    """total [N, C], whose columns are the lanes of warps.  Returns [1, C]: each lane's share of one output's sum.
+    """total [N, C], whose column c is in lane c % 32.  Returns [1, C]: each lane's share of one output's sum.
 
     A lane gives half of its outputs to the one STRIDE lanes away, which gives it its share of the other half, and so on
-    until each is left with one of the N, in order: N - 1 exchanges in a warp. A reduction, which leaves every sum in
-    every lane, takes 5 N, and a multiprocessor makes one a clock.
+    until each is left with one of the N, in order where STRIDE begins with half of the lanes: N - 1 exchanges in a
+    warp. A reduction, which leaves every sum in every lane, takes 5 N, and a multiprocessor makes one a clock. Were
+    columns elsewhere, it would be as right, and slow.
     """
     N: tl.constexpr = total.shape[0]
     C: tl.constexpr = total.shape[1]
