@@ -219,10 +219,8 @@ def _paged_attention_kernel(
         else:
             q_first = ((row * num_kv_heads + kv_head) * group + member)[:, None] * head_dim
             q_low, q_high = load_halves(q_ptr, q_first, is_member, head_dim, HALF)
-        low, high = (
-            _store_here(low, STAGES),
-            _store_here(high, STAGES),
-        )  # after q has been asked for, which so does not wait
+        # After q has been asked for, which so does not wait.
+        low, high = _store_here(low, STAGES), _store_here(high, STAGES)
         all_low, all_high = _filled_up(q_low, GROUP), _filled_up(q_high, GROUP)
         if APPENDS:
             key_low, key_high = turned(new_low, new_high, k_norm_low, k_norm_high, cos, sin, eps, head_dim)
