@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from vitalrt.api import Model, generate, load
     from vitalrt.engine.request import Answer, Request, Terms, Timings, Usage
     from vitalrt.errors import CapacityError, CheckpointError, InputError, VitalError
+    from vitalrt.explain.explanation import Explanation
     from vitalrt.inputs.image import ReadOptions
     from vitalrt.inputs.prompt import Prompt
 
@@ -20,6 +21,7 @@ __all__ = [
     "Answer",
     "CapacityError",
     "CheckpointError",
+    "Explanation",
     "InputError",
     "Model",
     "Prompt",
@@ -33,7 +35,7 @@ __all__ = [
     "load",
 ]
 
-_MODULES = ("api", "engine.request", "errors", "inputs.image", "inputs.prompt")
+_MODULES = ("api", "engine.request", "errors", "explain.explanation", "inputs.image", "inputs.prompt")
 
 
 def __getattr__(name: str) -> Any:

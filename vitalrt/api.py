@@ -20,9 +20,11 @@ from vitalrt.engine.request import Answer, Decoding, Request, Terms, Usage
 from vitalrt.engine.scheduler import Engine
 from vitalrt.engine.sequence import Sequence as Running
 from vitalrt.errors import VitalError
+from vitalrt.explain.explainer import Explainer
+from vitalrt.explain.explanation import Explanation
 from vitalrt.export.runtime import OnnxEngine, open_engine
 from vitalrt.export.sessions import MANIFEST
-from vitalrt.inputs.image import ReadOptions
+from vitalrt.inputs.image import ReadOptions, read_images
 from vitalrt.inputs.probes import probe_prompts
 from vitalrt.inputs.processor import Processor
 from vitalrt.inputs.prompt import Picture, Prompt
@@ -118,6 +120,39 @@ class Model:
         read, terms = read or ReadOptions(), terms or Terms()
         request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed, read, terms)
         return self._pieces(self._prepare_all([request])[0], self._decoding(request), terms)
+
+    def explain(
+        self,
+        image: Any,
+        question: str,
+        k: int | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        read: ReadOptions | None = None,
+        terms: Terms | None = None,
+        encoder: str | os.PathLike[str] | None = None,
+    ) -> Explanation:
+        """Like generate, and then what training's scaffolding reads from the latents: words, heat maps, neighbours.
+
+        encoder: directory of the vision encoder that the projector was trained for, where it does not lie beside the
+        model. What cannot be shown is left out, and Explanation.missing says why.  Raises VitalError: CheckpointError
+        where the checkpoint has no scaffolding.
+        """
+        explainer = self._explainer
+        pictures = read_images(image, read or ReadOptions())
+        asked = None if image is None else pictures  # read once: what is shown is what was asked about
+        answer = self.generate(
+            asked, question, k, max_new_tokens, temperature, top_p, top_k, seed, read=None, terms=terms
+        )
+        return explainer.explain(answer, question, pictures, encoder)
+
+    @functools.cached_property
+    def _explainer(self) -> Explainer:
+        device = torch.device("cpu") if isinstance(self.engine, OnnxEngine) else self.engine.encoder.device
+        return Explainer(self.checkpoint, device, lambda token_ids: self.processor.decode(token_ids))
 
     def prepare(self, image: Any, question: str, read: ReadOptions | None = None) -> Prompt:
         """Read, resize and tokenize: what run() takes."""

@@ -26,11 +26,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory that has been read but whose weights have not."""
+    """A model directory that has been read but whose weights have not.
+
+    scaffold_directory: where scaffolding of these weights would lie: the adapter's directory, or the model's own.
+    """
 
     directory: Path
     config: ModelConfig
     vital: VitalConfig
+    scaffold_directory: Path
 
     @classmethod
     def open(cls, model: str | Path, adapter: str | Path | None = None) -> Checkpoint:
@@ -41,7 +45,7 @@ class Checkpoint:
             raise CheckpointError("model: expected float weights (safetensors), got a quantized checkpoint")
         trained = directory if adapter is None else resolve(adapter, "adapter")
         source = trained if (trained / "vital.json").is_file() else directory
-        return cls(directory, ModelConfig.from_dict(raw), VitalConfig.from_directory(source))
+        return cls(directory, ModelConfig.from_dict(raw), VitalConfig.from_directory(source), trained)
 
 
 def resolve(location: str | Path, argument: str) -> Path:

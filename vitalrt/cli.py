@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from vitalrt.serve.settings import ServeConfig, read_api_keys
 if TYPE_CHECKING:
     from vitalrt.api import Model
     from vitalrt.engine.request import Answer, Request
+    from vitalrt.explain.explanation import Explanation
     from vitalrt.inputs.options import ReadOptions
 
 WRITTEN_EVERY = 5  # a written chain of thought takes seconds, so it joins every fifth round of `bench`
@@ -72,6 +74,23 @@ def ask(arguments: argparse.Namespace) -> None:
             print(json.dumps(_answer_record(request, answer)))
         else:
             _print_answer(request, answer)
+
+
+def explain(arguments: argparse.Namespace) -> None:
+    """One question, and what training's scaffolding reads from each latent step: words, heat maps, neighbours."""
+    if len(arguments.words) < 2:
+        raise VitalError(f"explain: expected IMAGE [IMAGE ...] QUESTION, got {len(arguments.words)} words")
+    request = _request(arguments, arguments.words[:-1], arguments.words[-1])
+    names = ("k", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "read")
+    options = {name: getattr(request, name) for name in names}
+    explanation = _load(arguments).explain(request.image, request.question, **options, encoder=arguments.encoder)
+    if arguments.out is not None:
+        explanation.save(arguments.out)
+    if arguments.json:
+        print(json.dumps(_answer_record(request, explanation.answer) | explanation.as_dict()))
+    else:
+        _print_answer(request, explanation.answer)
+        _print_steps(explanation)
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -259,6 +278,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="PNG, JPEG, TIFF, DICOM or NIfTI files")
     verb.add_argument(
         "--batch", type=Path, metavar="FILE.jsonl", help='lines like {"image": ..., "question": ..., "k": 2}'
+    )
+    _add_decoding(verb)
+    _add_reading(verb)
+    _add_model(verb)
+
+    verb = _verb(verbs, "explain", explain)
+    verb.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="PNG, JPEG, TIFF, DICOM or NIfTI files")
+    verb.add_argument("--out", type=Path, metavar="PAGE.html", help="also as a page with pictures and heat maps")
+    verb.add_argument(
+        "--encoder", metavar="DIR", help="vision encoder that the projector aims at, if not beside the model"
     )
     _add_decoding(verb)
     _add_reading(verb)
@@ -502,6 +531,22 @@ def _print_answer(request: Request, answer: Answer) -> None:
     print(f"Tokens        {answer.usage.prompt_tokens} prompt, {answer.usage.completion_tokens} answer")
     print("Timings (ms)  " + ", ".join(f"{part} {getattr(timings, part):.1f}" for part in parts))
     print(f"              {answer.notice}")
+
+
+def _print_steps(explanation: Explanation) -> None:
+    from vitalrt.explain.page import peak_of
+
+    for number, step in enumerate(explanation.steps, start=1):
+        shown = [] if step.text is None else [f"{step.text} ({step.text_probability:.0%})"]
+        for heatmap in step.heatmaps:
+            shown.append(f"most like the picture {peak_of(heatmap)} (cosine {float(heatmap.max()):.2f})")
+        if step.neighbours:
+            shown.append("like " + ", ".join(f"{n.label} {n.cosine:.2f}" for n in step.neighbours))
+        for label, line in zip_longest([f"Step {number}"], shown, fillvalue=""):
+            print(f"{label:<14}{line}")
+    for what, why in explanation.missing.items():
+        print(f"No {what:<11}{why}")
+    print(f"{'':<14}{explanation.notice}")
 
 
 def _print_model_cost(arguments: argparse.Namespace) -> None:

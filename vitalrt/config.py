@@ -15,10 +15,15 @@ SUPPORTED = (
     "Instruct and Thinking, 2B, 4B, 8B, 32B and any other size"
 )
 MAX_LATENT_STEPS = 64
-SCAFFOLD_FILES = ("scaffold.json", "scaffold.safetensors")
+SCAFFOLD_CONFIG, SCAFFOLD_WEIGHTS = "scaffold.json", "scaffold.safetensors"
+SCAFFOLD_TOKENIZER = "scaffold_tokenizer.json"
+"""The text decoder's, where it is not the model's own."""
+ROI_INDEX = "roi_index.safetensors"
+"""Features of regions that were trained on, to compare with."""
+SCAFFOLD_FILES = (SCAFFOLD_CONFIG, SCAFFOLD_WEIGHTS, SCAFFOLD_TOKENIZER, ROI_INDEX)
 ENCODER = "encoder"
 """Training's scaffolding, beside the weights it was trained with, and the folder of the vision encoder that its
-projector aims at; inference reads none of it."""
+projector aims at. Inference reads none of it; explanations do."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import vitalrt
 from vitalrt.errors import VitalError
+from vitalrt.explain.roi_index import RoiIndex
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training import vital_trainer
 from vitalrt_training.adapter import AdapterConfig
@@ -225,6 +227,39 @@ def test_scaffolding_changes_nothing_about_the_deployed_model(recipe, finished):
     answers = [model.run([prompt], k=2, max_new_tokens=4)[0] for model in (with_scaffold, without)]
     assert answers[0].token_ids == answers[1].token_ids
     assert torch.equal(answers[0].latents, answers[1].latents)
+
+
+def test_a_finished_run_can_be_explained(recipe, finished):
+    """Its text decoder has a tokenizer of its own, which goes along, and the token that ended every step it learnt."""
+    adapter = finished / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(recipe.text_decoder)
+    scaffold = Scaffold.load(adapter)
+    assert scaffold.supervised == ("text", "visual")
+    assert scaffold.text_decoder.config.eos_token_id == tokenizer.eos_token_id
+    assert (
+        Tokenizer.from_file(str(adapter / "scaffold_tokenizer.json")).to_str() == tokenizer.backend_tokenizer.to_str()
+    )
+    index = RoiIndex.load(adapter / "roi_index.safetensors")
+    phantoms = [draw_phantom("train", 5, number) for number in range(6)]
+    asked = {f"{sample.target_name}, {phantom.modality}" for phantom in phantoms for sample in ask(phantom)}
+    assert index.encoder_id == "random" and index.labels and set(index.labels) <= asked
+    explanation = vitalrt.load(recipe.backbone, adapter=adapter, device="cpu").explain(
+        phantoms[0].image, "Where is it?", k=2
+    )
+    assert [type(step.text) for step in explanation.steps] == [str, str]
+    assert explanation.steps[0].neighbours[0].label in index.labels
+    assert "random" in explanation.missing["pictures"]  # the encoder, which lies nowhere
+
+
+def test_scaffolding_tells_what_trained_it(recipe, tmp_path):
+    for name, losses, expected in (
+        ("words", LossConfig(text_weight=1.0, visual_weight=0.0), ("text",)),
+        ("nothing", LossConfig(text_weight=0.0, visual_weight=0.0), ()),
+    ):
+        settings = {"losses": losses, "text_decoder": TINY, "schedule": "full_mix", "epochs": (0.2,)}
+        directory = train_vital(replace(recipe, **settings), tmp_path / name)
+        assert Scaffold.load(directory).supervised == expected
+        assert not (directory / "scaffold_tokenizer.json").exists()  # the backbone's reads these words
 
 
 def stop_at(monkeypatch, phase, step):

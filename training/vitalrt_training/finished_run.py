@@ -12,6 +12,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from vitalrt.api import load
+from vitalrt.config import ROI_INDEX, SCAFFOLD_TOKENIZER
+from vitalrt.model.scaffold import SUPERVISED
+from vitalrt_training.backbone import TINY
+from vitalrt_training.data.roi_index import index_regions
 from vitalrt_training.data.tables import Tables
 from vitalrt_training.evaluate import TablePictures, evaluate
 from vitalrt_training.paradigms.vital import VitalCollator, VitalModel, to_device
@@ -23,12 +27,20 @@ from vitalrt_training.run_files import replacing_directory
 PROBED_BATCHES = 8
 
 
-def export_adapter(recipe: VitalRecipe, run_dir: Path, model: VitalModel, tables: Tables) -> Path:
-    """run_dir/adapter: PEFT's files, the scaffolding's, vital.json."""
-    directory = run_dir / "adapter"
+def export_adapter(recipe: VitalRecipe, run_dir: Path, model: VitalModel, collator: VitalCollator) -> Path:
+    """run_dir/adapter: PEFT's files, vital.json, the scaffolding's files and what explanations need beside them."""
+    directory, tables, tokenizer = run_dir / "adapter", collator.tables, collator.chain_tokenizer
+    scaffold = model.scaffold
+    scaffold.supervised = tuple(_supervised(model, tables))
+    scaffold.text_decoder.config.eos_token_id = tokenizer.eos_token_id  # which ended every step that it learnt
+    index = index_regions(tables)
     with replacing_directory(directory) as partial:
         model.backbone.save_pretrained(str(partial))
-        model.scaffold.save(partial)
+        scaffold.save(partial)
+        if recipe.text_decoder != TINY:
+            tokenizer.backend_tokenizer.save(str(partial / SCAFFOLD_TOKENIZER))
+        if index is not None:
+            index.save(partial / ROI_INDEX)
         (partial / "vital.json").write_text(json.dumps(_vital(recipe, model, tables), indent=2) + "\n")
     return directory
 
@@ -49,6 +61,13 @@ def report_run(
     shown = TablePictures(tables, "validation")
     evaluation = {"split": "validation", **evaluate(runtime, shown, range(longest + 1))}
     write_report(run_dir, evaluation, probes)
+
+
+def _supervised(model: VitalModel, tables: Tables) -> list[str]:
+    """The losses that trained scaffolding: those switched on that had something to learn from."""
+    has_steps, has_features = bool(tables.num_steps.max()), bool(tables.encoder_id)
+    had_something = {"text": has_steps, "visual": has_steps and has_features}
+    return [name for name in SUPERVISED if model.weight_of(name) and had_something[name]]
 
 
 def _vital(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> dict[str, Any]:

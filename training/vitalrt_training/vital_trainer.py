@@ -141,7 +141,7 @@ class VitalRun:
         """Adapter and report.  In one process, after release."""
         self.state = torch.load(self.state_path, weights_only=True)
         model = self._build()
-        export_adapter(self.recipe, self.run_dir, model, self.tables)
+        export_adapter(self.recipe, self.run_dir, model, self.collator)
         if len(self.tables.select("validation")):
             report_run(self.recipe, self.run_dir, model, self.collator, self.accelerator)
 

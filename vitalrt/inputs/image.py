@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from vitalrt.inputs.options import MAX_PIXELS, ReadOptions
 from vitalrt.inputs.quiet import quietly
 from vitalrt.inputs.raster import read_pil, read_raster
 
-__all__ = ["MAX_PIXELS", "ReadOptions", "read_image"]
+__all__ = ["MAX_PIXELS", "ReadOptions", "read_image", "read_images"]
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | torch.Tensor
 
@@ -63,6 +64,15 @@ def read_image(source: ImageSource, options: ReadOptions = ReadOptions(), *, nam
             kind = type(source).__name__
             raise InputError(f"{name}: expected a path, bytes, PIL image, numpy array or torch tensor, got {kind}")
     return np.array(picture, dtype=np.uint8, order="C")
+
+
+def read_images(sources: Any, options: ReadOptions = ReadOptions()) -> list[np.ndarray]:
+    """One source, a list or tuple of them, or None for no picture: each as read_image gives it."""
+    listed = [] if sources is None else list(sources) if isinstance(sources, list | tuple) else [sources]
+    return [
+        read_image(source, options, name=f"image[{index}]" if len(listed) > 1 else "image")
+        for index, source in enumerate(listed)
+    ]
 
 
 def _load(path: str, label: str) -> bytes:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from vitalrt.errors import CheckpointError, InputError
 from vitalrt.inputs.bicubic import resize_bicubic
-from vitalrt.inputs.image import ReadOptions, read_image
+from vitalrt.inputs.image import ReadOptions, read_images
 from vitalrt.inputs.prompt import Picture, Prompt
 from vitalrt.model.rope import Grid
 from vitalrt.transfers import is_pinned_for, sent
@@ -180,11 +180,7 @@ class Processor:
 
     def look_at(self, image: Any, options: ReadOptions) -> list[Picture]:
         """Read what prepare() calls image; one list of these serves any number of questions."""
-        sources = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        return [
-            self.picture(read_image(source, options, name=f"image[{index}]" if len(sources) > 1 else "image"))
-            for index, source in enumerate(sources)
-        ]
+        return [self.picture(pixels) for pixels in read_images(image, options)]
 
     def ask_about(self, pictures: Sequence[Picture], question: str, started: float) -> Prompt:
         """started: when preprocessing began, of time.perf_counter.  Raises InputError where there is no question."""

@@ -7,20 +7,23 @@ L tokens of a reasoning step.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from vitalrt.config import SCAFFOLD_FILES
+from vitalrt.config import SCAFFOLD_CONFIG, SCAFFOLD_WEIGHTS, read_json
 from vitalrt.errors import CheckpointError, VitalError
 from vitalrt_kernels.latent_projector import ProjectorWeights, latent_projector
 
 PROJECTORS = ("linear", "mlp", "mlp_ln", "res_mlp_ln", "transformer")
 DROPOUT = 0.1
-CONFIG, WEIGHTS = SCAFFOLD_FILES
+SUPERVISED = ("text", "visual")
+"""Losses that train scaffolding; which of them did is told with it, for what was not trained shows nothing."""
 
 
 class VisualProjector(nn.Module):
@@ -79,18 +82,29 @@ class VisualProjector(nn.Module):
 
 
 class Scaffold(nn.Module):
-    """text_decoder: any Hugging Face causal LM, on its own embeddings.  pj_in: [d] to [e], with bias."""
+    """text_decoder: any Hugging Face causal LM, on its own embeddings; its config names the token that ends a step.
+    pj_in: [d] to [e], with bias.  supervised: which of SUPERVISED trained it."""
 
-    def __init__(self, projector: VisualProjector, pj_in: nn.Linear, text_decoder: Any) -> None:
+    def __init__(
+        self, projector: VisualProjector, pj_in: nn.Linear, text_decoder: Any, supervised: Sequence[str]
+    ) -> None:
         super().__init__()
         self.projector = projector
         self.pj_in = pj_in
         self.text_decoder = text_decoder
+        self.supervised = tuple(supervised)
 
     @classmethod
-    def build(cls, variant: str, width: int, feature_width: int, text_decoder: Any) -> Scaffold:
-        decoder_width = text_decoder.config.get_text_config().hidden_size
-        return cls(VisualProjector(variant, width, feature_width), nn.Linear(width, decoder_width), text_decoder)
+    def build(
+        cls,
+        variant: str,
+        width: int,
+        feature_width: int,
+        text_decoder: Any,
+        supervised: Sequence[str] = SUPERVISED,
+    ) -> Scaffold:
+        pj_in = nn.Linear(width, text_decoder.config.get_text_config().hidden_size)
+        return cls(VisualProjector(variant, width, feature_width), pj_in, text_decoder, supervised)
 
     def text_logits(self, z: torch.Tensor, chain_ids: torch.Tensor) -> torch.Tensor:
         """Decoder([pj_in(z_k); Embed(e_k)]), teacher-forced.
@@ -110,34 +124,47 @@ class Scaffold(nn.Module):
             "projector": self.projector.variant,
             "width": self.pj_in.in_features,
             "feature_width": self.projector.output.out_features,
+            "supervised": list(self.supervised),
             "text_decoder": self.text_decoder.config.to_dict(),
         }
-        (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        tied = set(getattr(self.text_decoder, "_tied_weights_keys", None) or {})
-        tied = tied if self.text_decoder.config.tie_word_embeddings else set()
+        (directory / SCAFFOLD_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        tied = _tied_weights(self.text_decoder)
         weights = {
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in self.state_dict().items()
-            if name.removeprefix("text_decoder.") not in tied
+            name: tensor.detach().contiguous().cpu() for name, tensor in self.state_dict().items() if name not in tied
         }
-        save_file(weights, directory / WEIGHTS)
+        save_file(weights, directory / SCAFFOLD_WEIGHTS)
 
     @classmethod
     def load(cls, directory: Path) -> Scaffold:
-        """Raises CheckpointError if the directory has no scaffold or its tensors do not fit."""
+        """float32, on the CPU.  Raises CheckpointError if the directory has no scaffold or its tensors do not fit."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
+        if not all((directory / name).is_file() for name in (SCAFFOLD_CONFIG, SCAFFOLD_WEIGHTS)):
             raise CheckpointError(
-                f"scaffold: {directory} has no {CONFIG} and {WEIGHTS}; it was saved without scaffolding"
+                f"scaffold: {directory} has no {SCAFFOLD_CONFIG} and {SCAFFOLD_WEIGHTS}; it was saved without"
+                " scaffolding"
             )
-        config = json.loads((directory / CONFIG).read_text())
-        decoder_config = AutoConfig.for_model(**config["text_decoder"])
-        decoder = AutoModelForCausalLM.from_config(decoder_config)
-        scaffold = cls.build(config["projector"], config["width"], config["feature_width"], decoder)
-        missing, unknown = scaffold.load_state_dict(load_file(directory / WEIGHTS), strict=False)
-        tied = {f"text_decoder.{name}" for name in (getattr(decoder, "_tied_weights_keys", None) or {})}
-        if unknown or set(missing) - tied:
-            raise CheckpointError(f"scaffold: tensors missing {sorted(set(missing) - tied)[:3]}, unknown {unknown[:3]}")
+        config = read_json(directory / SCAFFOLD_CONFIG, "scaffold")
+        try:
+            decoder_config = AutoConfig.for_model(**config["text_decoder"])
+            decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=torch.float32)
+            sizes = config["projector"], config["width"], config["feature_width"]
+            scaffold = cls.build(*sizes, decoder, config["supervised"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"scaffold: {directory / SCAFFOLD_CONFIG} lacks or garbles {error}") from error
+        try:
+            missing, unknown = scaffold.load_state_dict(load_file(directory / SCAFFOLD_WEIGHTS), strict=False)
+        except (OSError, RuntimeError, SafetensorError) as error:  # the second: of other shapes
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"scaffold: {directory / SCAFFOLD_WEIGHTS} cannot be read ({reason})") from error
+        missing = sorted(set(missing) - _tied_weights(decoder))
+        if unknown or missing:
+            raise CheckpointError(f"scaffold: tensors missing {missing[:3]}, unknown {unknown[:3]}")
         decoder.tie_weights()
-        return scaffold.eval()
+        return scaffold.eval().requires_grad_(False)
+
+
+def _tied_weights(text_decoder: Any) -> set[str]:
+    """Names, within a Scaffold, of its decoder's weights that are another's: not saved."""
+    tied = getattr(text_decoder, "_tied_weights_keys", None) if text_decoder.config.tie_word_embeddings else None
+    return {f"text_decoder.{name}" for name in tied or ()}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,11 +116,13 @@ class VisionEncoder:
         weights = sorted(path.glob("*.safetensors"))
         if not weights or not (path / "config.json").is_file():
             raise CheckpointError(f"encoder: expected a directory with config.json and *.safetensors, got {path}")
-        model_type = AutoConfig.from_pretrained(path).model_type
+        with _quiet_transformers():  # it frets about the text tower's defaults, and shows a progress bar
+            model_type = AutoConfig.from_pretrained(path).model_type
         if model_type not in _MODEL_TYPES:
             raise CheckpointError(f"encoder: expected a SigLIP or CLIP model, got a {model_type!r} in {path}")
         self._processor = _image_processor(path)
-        whole = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        with _quiet_transformers():
+            whole = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
         self._model = getattr(whole, "vision_model", whole)
         self._model.eval().requires_grad_(False).to(device)
         config = self._model.config
@@ -152,6 +155,21 @@ class VisionEncoder:
             hook.remove()
         patches = last_block[0][:, 1:] if self._has_class_token else last_block[0]
         return patches.unflatten(1, self.grid).float().cpu()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if shows_bars:
+            logging.enable_progress_bar()
 
 
 def _image_processor(path: Path) -> Any:

@@ -1,0 +1,176 @@
+"""Model.explain: the answer is generate's, what is shown is of its latents, and what is missing is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from transformers import Qwen3VLForConditionalGeneration
+
+import vitalrt
+from vitalrt.api import BUNDLED
+from vitalrt.errors import CheckpointError, InputError
+from vitalrt.explain.roi_index import RoiIndex
+from vitalrt.explain.text_window import read_words
+from vitalrt.explain.visual_window import aim, heatmaps
+from vitalrt.model.scaffold import Scaffold
+from vitalrt.model.vision_encoder import open_encoder
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo.png"
+QUESTION = "Where is the cyst?"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return vitalrt.load(device="cpu")
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    """A copy of the bundled model's directory, to be changed."""
+    return shutil.copytree(BUNDLED, tmp_path / "bundle")
+
+
+def set_json(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_answer_is_that_of_generate(model):
+    for options in ({"k": 2}, {"k": 4, "temperature": 0.8, "seed": 3}):
+        answer = model.generate(DEMO, QUESTION, **options)
+        explanation = model.explain(DEMO, QUESTION, **options)
+        assert str(explanation) == answer.text
+        assert explanation.answer.token_ids == answer.token_ids
+        assert torch.equal(explanation.answer.latents, answer.latents)
+        assert len(explanation.steps) == options["k"]
+
+
+def test_every_step_shows_its_own_latent(model):
+    explanation = model.explain(DEMO, QUESTION, k=3)
+    latents = explanation.answer.latents
+    scaffold, encoder = Scaffold.load(BUNDLED), open_encoder(BUNDLED / "encoder")
+    index = RoiIndex.load(BUNDLED / "roi_index.safetensors")
+    [maps] = heatmaps(encoder, [np.asarray(Image.open(DEMO).convert("RGB"))], aim(scaffold, latents))
+    for k, step in enumerate(explanation.steps):
+        [words] = read_words(scaffold, latents[k : k + 1], model.processor.decode)
+        assert (step.text, step.text_probability) == (words.text, pytest.approx(words.probability, rel=1e-4))
+        torch.testing.assert_close(step.heatmap, maps[k])
+        [nearest] = index.nearest(aim(scaffold, latents[k : k + 1]), 5)
+        assert [neighbour.label for neighbour in step.neighbours] == [neighbour.label for neighbour in nearest]
+    assert [step.text for step in explanation.steps[:2]] == [
+        "The cyst is in the lower half.",
+        "It is in the left half.",
+    ]
+    assert not explanation.missing
+
+
+def test_without_latents_there_is_nothing_to_read(model):
+    explanation = model.explain(DEMO, QUESTION, k=0)
+    assert explanation.steps == () and not explanation.missing
+    assert str(explanation)
+
+
+def test_each_of_several_pictures_has_its_map(model):
+    ramp = np.tile(np.arange(80, dtype=np.uint8), (50, 1))
+    explanation = model.explain([DEMO, ramp], QUESTION, k=1)
+    [step] = explanation.steps
+    alone = model.explain(ramp, QUESTION, k=1).steps[0]
+    assert len(step.heatmaps) == 2 and step.heatmap is step.heatmaps[0]
+    assert not torch.allclose(step.heatmaps[0], step.heatmaps[1])
+    assert [picture.shape for picture in explanation.pictures] == [(*Image.open(DEMO).size[::-1], 3), (50, 80, 3)]
+    assert step.heatmaps[1].shape == alone.heatmap.shape
+
+
+def test_a_question_about_no_picture_is_read_in_words(model):
+    explanation = model.explain(None, QUESTION, k=1)
+    assert explanation.steps[0].text and explanation.steps[0].heatmap is None and explanation.steps[0].neighbours
+    assert "no picture" in explanation.missing["pictures"]
+
+
+def test_threads_do_not_see_each_others_pictures(model):
+    pictures = [np.full((40 + n, 60, 3), 20 * n, np.uint8) for n in range(8)]
+    alone = [model.explain(picture, QUESTION, k=1).steps[0].heatmap for picture in pictures]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda picture: model.explain(picture, QUESTION, k=1).steps[0].heatmap, pictures * 4))
+    for together, one in zip(found, alone * 4, strict=True):
+        torch.testing.assert_close(together, one, rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_not_supervised_is_not_shown(bundle):
+    set_json(bundle / "scaffold.json", supervised=["text"])
+    explanation = vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION, k=1)
+    assert explanation.steps[0].text and not explanation.steps[0].heatmaps and not explanation.steps[0].neighbours
+    assert set(explanation.missing) == {"pictures", "neighbours"}
+    set_json(bundle / "scaffold.json", supervised=["visual"])
+    explanation = vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION, k=1)
+    assert explanation.steps[0].text is None and explanation.steps[0].heatmap is not None
+    assert set(explanation.missing) == {"words"}
+    set_json(bundle / "scaffold.json", supervised=[])
+    with pytest.raises(CheckpointError, match="not trained"):
+        vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION)
+
+
+def test_an_encoder_elsewhere_is_named_or_told_to_be_missing(bundle, model):
+    encoder = (bundle / "encoder").rename(bundle.parent / "moved")
+    (bundle / "roi_index.safetensors").unlink()
+    apart = vitalrt.load(bundle, device="cpu")
+    explanation = apart.explain(DEMO, QUESTION, k=1)
+    assert explanation.steps[0].text and not explanation.steps[0].heatmaps
+    assert apart.checkpoint.vital.encoder in explanation.missing["pictures"]
+    assert "roi_index" in explanation.missing["neighbours"]
+    found = apart.explain(DEMO, QUESTION, k=1, encoder=encoder).steps[0].heatmap
+    torch.testing.assert_close(found, model.explain(DEMO, QUESTION, k=1).steps[0].heatmap)
+
+
+def test_another_encoder_or_index_is_refused(bundle):
+    set_json(bundle / "vital.json", encoder="siglip-0123456789abcdef")
+    with pytest.raises(CheckpointError, match="roi_index: expected features of siglip-0123456789abcdef"):
+        vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION)
+    (bundle / "roi_index.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="encoder: expected siglip-0123456789abcdef"):
+        vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION)
+
+
+def test_a_model_without_scaffolding_says_so_and_still_answers(bundle):
+    (bundle / "scaffold.json").unlink()
+    bare = vitalrt.load(bundle, device="cpu")
+    with pytest.raises(CheckpointError, match=r"scaffold: .* saved without scaffolding"):
+        bare.explain(DEMO, QUESTION)
+    assert str(bare.generate(DEMO, QUESTION)) == "lower left"
+
+
+def test_an_adapters_latents_are_not_read_with_the_models_scaffolding(tmp_path):
+    backbone = Qwen3VLForConditionalGeneration.from_pretrained(BUNDLED, dtype=torch.float32)
+    get_peft_model(backbone, LoraConfig(r=2, target_modules=r".*language_model.*q_proj")).save_pretrained(tmp_path)
+    adapted = vitalrt.load(BUNDLED, adapter=tmp_path, device="cpu")
+    with pytest.raises(CheckpointError, match=f"scaffold: {tmp_path} has no"):
+        adapted.explain(DEMO, QUESTION)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda bundle: (bundle / "scaffold.json").write_text("{}"), "lacks or garbles 'text_decoder'"),
+        (lambda bundle: (bundle / "scaffold.safetensors").write_bytes(b"no"), "scaffold.safetensors cannot be read"),
+        (lambda bundle: set_json(bundle / "scaffold.json", width=100), "cannot be read"),
+        (lambda bundle: (bundle / "scaffold_tokenizer.json").write_text("{}"), "scaffold_tokenizer.json cannot be"),
+    ],
+)
+def test_broken_scaffolding_is_named(bundle, change, message):
+    change(bundle)
+    with pytest.raises(CheckpointError, match=f"scaffold: .*{message}"):
+        vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION)
+
+
+def test_bad_input_is_refused_as_in_generate(model):
+    with pytest.raises(InputError, match="no such file"):
+        model.explain("missing.png", QUESTION)
+    with pytest.raises(InputError, match="question"):
+        model.explain(DEMO, "")

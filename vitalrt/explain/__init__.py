@@ -1,0 +1,1 @@
+"""What can be read from a request's latents, by the scaffolding that supervised them in training."""
