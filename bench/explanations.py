@@ -203,7 +203,7 @@ def summary(hits: Sequence[Hits]) -> dict[str, Any]:
         "steps": sum(len(one.own) for one in hits),
         "share": share_of(hits, "own"),
         "other_picture": share_of(hits, "other"),
-        "by_step": [float(np.mean([one.own[k] for one in hits if len(one.own) > k])) for k in range(K)],
+        "by_step": [mean([one.own[k] for one in hits if len(one.own) > k]) for k in range(K)],
         "by_type": {kind: share_of([one for one in hits if one.question_type == kind], "own") for kind in kinds},
         "answer_right": share_of([one for one in hits if one.is_right], "own"),
         "answer_wrong": share_of([one for one in hits if not one.is_right], "own"),
@@ -215,8 +215,13 @@ def summary(hits: Sequence[Hits]) -> dict[str, Any]:
     return found
 
 
-def share_of(hits: Sequence[Hits], which: str) -> float:
-    return float(np.mean([hit for one in hits for hit in getattr(one, which)])) if hits else float("nan")
+def share_of(hits: Sequence[Hits], which: str) -> float | None:
+    return mean([hit for one in hits for hit in getattr(one, which)])
+
+
+def mean(values: Sequence[bool]) -> float | None:
+    """None where there are no values."""
+    return sum(values) / len(values) if values else None
 
 
 def claims(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -56,6 +56,31 @@ def test_batch_answers_line_by_line_each_with_its_own_k(capsys, tmp_path):
     assert [record["usage"]["latent_steps"] for record in records] == [0, 3]
 
 
+def test_explain_prints_what_each_step_shows_and_writes_a_page(capsys, tmp_path):
+    page = tmp_path / "page.html"
+    code, out, _ = run(capsys, "explain", DEMO, QUESTION, "-k", 2, "--out", page)
+    assert code == 0
+    for part in (
+        "lower left",
+        "Step 1        The cyst is in the lower half. (",
+        "Step 2        It is in the left half. (",
+    ):
+        assert part in out
+    for part in ("most like the picture ", "like ", "not for clinical decisions", "not a faithful trace"):
+        assert part in out
+    assert "The cyst is in the lower half." in page.read_text()
+
+
+def test_explain_json_is_one_object(capsys):
+    code, out, err = run(capsys, "explain", DEMO, QUESTION, "-k", 1, "--json")
+    record = json.loads(out)
+    [step] = record["steps"]
+    assert (code, err) == (0, "")
+    assert (record["text"], record["images"], record["missing"]) == ("lower left", [DEMO], {})
+    assert np.array(step["heatmaps"]).shape == (1, 12, 12) and len(step["neighbours"]) == 5
+    assert "faithful" in record["notice"]
+
+
 def test_info_names_model_memory_and_why_backends_are_not_used(capsys):
     code, out, _ = run(capsys, "info", "--json", "--cache-tokens", 64)
     report = json.loads(out)
@@ -77,6 +102,9 @@ def test_info_names_model_memory_and_why_backends_are_not_used(capsys):
         (["ask", DEMO, QUESTION, "--adapter", "/nowhere"], "adapter"),
         (["ask", DEMO, QUESTION, "--cache-tokens", "16"], "cache_tokens"),
         (["ask", "--batch", "/nowhere.jsonl"], "--batch"),
+        (["explain", DEMO], "IMAGE"),
+        (["explain", DEMO, QUESTION, "--encoder", "/nowhere"], "encoder"),
+        (["explain", DEMO, QUESTION, "--out", "/nowhere/page.html"], "--out"),
         (["bench", "--rounds", "0"], "--rounds"),
         (["train", "nonsense", "--out", "x"], "recipe"),
         (["train", "phantom", "--set", "steps", "--out", "x"], "KEY=VALUE"),

@@ -79,7 +79,9 @@ def ask(arguments: argparse.Namespace) -> None:
 def explain(arguments: argparse.Namespace) -> None:
     """One question, and what training's scaffolding reads from each latent step: words, heat maps, neighbours."""
     if len(arguments.words) < 2:
-        raise VitalError(f"explain: expected IMAGE [IMAGE ...] QUESTION, got {len(arguments.words)} words")
+        raise VitalError(f"explain: expected IMAGE [IMAGE ...] QUESTION, got {len(arguments.words)} of them")
+    if arguments.out is not None and (arguments.out.is_dir() or not arguments.out.parent.is_dir()):
+        raise VitalError(f"--out: expected a file in a folder that is there, got {str(arguments.out)!r}")
     request = _request(arguments, arguments.words[:-1], arguments.words[-1])
     names = ("k", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "read")
     options = {name: getattr(request, name) for name in names}
