@@ -1,4 +1,4 @@
-"""The product on this device: the bundled model's answers, alone and in a batch, held to its answers on the CPU.
+"""The product on this device: the bundled model's answers, alone, in a batch and explained, held to those on the CPU.
 
 Needs vitalrt built, as `pip install --no-build-isolation --no-deps .` builds it without a network; a checkout alone has
 no C++ core to keep pages with, and the section says so.
@@ -16,7 +16,8 @@ from bench.gpu.record import Record, SkippedError
 
 PHANTOMS = 12
 LATENTS = (0, 1, 2, 4)  # in turns, so that a batch has all of them
-FURTHEST = 2e-3  # of a latent in fp32, relative
+FURTHEST = 2e-3  # of a latent in fp32, relative; of a heat map's cosine, as it is
+EXPLAINED = 4
 
 
 def measure(record: Record, device: torch.device) -> dict[str, Any]:
@@ -47,7 +48,30 @@ def measure(record: Record, device: torch.device) -> dict[str, Any]:
 
     outcome = {"questions": len(requests), "same_alone": same(alone), "same_in_batch": same(batch)}
     outcome |= {"same_in_own_dtype": same(own), "largest_latent_error": max(errors)}
+    outcome |= _explained(model, questions[:EXPLAINED])
     record.tell("product", **outcome)
-    if min(outcome["same_alone"], outcome["same_in_batch"]) < len(requests) or not max(errors) < FURTHEST:
-        raise RuntimeError(f"expected the CPU's answers and latents within {FURTHEST}, got {outcome}")
+    answers_differ = min(outcome["same_alone"], outcome["same_in_batch"]) < len(requests)
+    words_differ = outcome["same_words"] < outcome["steps"]
+    if answers_differ or words_differ or not max(*errors, outcome["largest_heatmap_error"]) < FURTHEST:
+        raise RuntimeError(f"expected the CPU's answers and words, latents and maps within {FURTHEST}, got {outcome}")
     return outcome
+
+
+def _explained(model: vitalrt.Model, questions: list[tuple[Any, str]]) -> dict[str, Any]:
+    """How many steps are read in the same words, and the largest difference of a heat map's cosines."""
+    on_cpu = vitalrt.load(device="cpu")
+    pairs = [
+        steps
+        for image, question in questions
+        for steps in zip(model.explain(image, question).steps, on_cpu.explain(image, question).steps, strict=True)
+    ]
+    errors = [
+        float((m - t).abs().max())
+        for mine, theirs in pairs
+        for m, t in zip(mine.heatmaps, theirs.heatmaps, strict=True)
+    ]
+    return {
+        "steps": len(pairs),
+        "same_words": sum(mine.text == theirs.text for mine, theirs in pairs),
+        "largest_heatmap_error": max(errors),
+    }

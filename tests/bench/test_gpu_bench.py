@@ -201,6 +201,7 @@ def test_the_bundled_model_answers_as_on_the_cpu(tmp_path: Path, monkeypatch) ->
     record.run([section])
     outcome = record.results["product"]
     assert outcome["status"] == "done" and outcome["same_alone"] == outcome["questions"] == 24
+    assert outcome["same_words"] == outcome["steps"] == 16 and outcome["largest_heatmap_error"] < 1e-4
     load = vitalrt.load
 
     def load_another(device: object, dtype: str = "auto") -> vitalrt.Model:
