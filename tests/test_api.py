@@ -20,6 +20,7 @@ from PIL import Image
 import vitalrt
 from vitalrt.api import WORTH_A_THREAD_S
 from vitalrt.api import generate as generate_with_any_model
+from vitalrt.inputs import image as image_reading
 from vitalrt.inputs import processor
 
 PICTURES = [np.random.default_rng(seed).integers(0, 256, (20 + seed, 30, 3), dtype=np.uint8) for seed in range(4)]
@@ -75,8 +76,10 @@ class TestAnswers:
 
     def test_questions_about_one_image_read_it_once(self, model, monkeypatch, tmp_path) -> None:
         Image.fromarray(PICTURES[0]).save(path := tmp_path / "one.png")
-        original, reads = processor.read_image, []
-        monkeypatch.setattr(processor, "read_image", lambda *args, **kw: reads.append(args[0]) or original(*args, **kw))
+        original, reads = image_reading.read_image, []
+        monkeypatch.setattr(
+            image_reading, "read_image", lambda *args, **kw: reads.append(args[0]) or original(*args, **kw)
+        )
         several = [str(path), str(path), PICTURES[1], PICTURES[1], PICTURES[1].copy()]
         requests = [vitalrt.Request(image, f"Is {n} visible?", k=n) for n, image in enumerate(several)]
         answers = model.generate_batch(requests)
@@ -111,7 +114,7 @@ class TestAnswers:
         assert ask("What?", "another's").token_ids == first.token_ids and len(resized) == 5
 
     def test_pictures_are_read_side_by_side_once_one_is_slow(self, model, monkeypatch) -> None:
-        original, readers = processor.read_image, []
+        original, readers = image_reading.read_image, []
         two_at_once = threading.Barrier(2, timeout=30)
 
         def read(source, *rest, **named):
@@ -122,7 +125,7 @@ class TestAnswers:
                 two_at_once.wait()
             return original(source, *rest, **named)
 
-        monkeypatch.setattr(processor, "read_image", read)
+        monkeypatch.setattr(image_reading, "read_image", read)
         monkeypatch.setattr("vitalrt.api.WORTH_A_THREAD_S", 5.0)
         model.generate_batch([vitalrt.Request(picture.copy(), "What?", max_new_tokens=1) for picture in PICTURES[:2]])
         assert set(readers) == {threading.get_ident()}  # quick ones, by the caller alone

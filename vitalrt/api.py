@@ -168,11 +168,15 @@ class Model:
         top_k: int = 0,
         seed: int | None = None,
         return_logits: bool = False,
+        latents: Sequence[torch.Tensor | None] | None = None,
     ) -> list[Answer]:
         """Run ready-made prompts in one batch.  k: one for all, or one per prompt.
 
         With return_logits, answer.logits holds what each answer token was chosen from. Text is empty where the
         directory has no tokenizer files.
+        latents: for each prompt None, or its first thoughts z_1, z_2, .. [at most k, d], which are taken as they are
+        instead of being thought; the model thinks on from there. A prompt's own give its own answer; another's show
+        what the latents do to it.
         """
         _require_list("prompts", prompts, Prompt)
         k = self.checkpoint.vital.k if k is None else k
@@ -181,7 +185,8 @@ class Model:
             raise VitalError(f"k: expected one int or {len(prompts)} of them, got {len(steps)}")
         decodings = [Decoding(n, max_new_tokens, temperature, top_p, top_k, seed, return_logits) for n in steps]
         terms = [Terms()] * len(prompts)
-        return self._answers(prompts, decodings, terms, decode=has_tokenizer(self.checkpoint.directory))
+        given = None if latents is None else self._given_latents(latents, steps)
+        return self._answers(prompts, decodings, terms, has_tokenizer(self.checkpoint.directory), given)
 
     def _prepare_all(self, requests: Sequence[Request]) -> list[Prompt]:
         keys = [_image_key(request) for request in requests]
@@ -219,10 +224,32 @@ class Model:
         k = self.checkpoint.vital.k if request.k is None else request.k
         return Decoding(k, request.max_new_tokens, request.temperature, request.top_p, request.top_k, request.seed)
 
+    def _given_latents(self, latents: Sequence[torch.Tensor | None], steps: Sequence[int]) -> list[torch.Tensor | None]:
+        if isinstance(self.engine, OnnxEngine):
+            raise VitalError("latents: expected none, got some for an ONNX export, which thinks in one graph")
+        if not isinstance(latents, Sequence) or len(latents) != len(steps):
+            raise VitalError(f"latents: expected a list with one entry for each of the {len(steps)} prompts")
+        width = self.checkpoint.config.decoder.hidden_size
+        for index, (given, k) in enumerate(zip(latents, steps, strict=True)):
+            if given is None:
+                continue
+            came = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+            is_float = isinstance(given, torch.Tensor) and given.is_floating_point()
+            if not is_float or given.ndim != 2 or given.shape[1] != width or len(given) > k:
+                raise VitalError(f"latents[{index}]: expected floats [at most {k}, {width}] or None, got {came}")
+            if not bool(given.isfinite().all()):
+                raise VitalError(f"latents[{index}]: expected finite numbers, got NaN or infinity")
+        return list(latents)
+
     def _answers(
-        self, prompts: Sequence[Prompt], decodings: Sequence[Decoding], terms: Sequence[Terms], decode: bool
+        self,
+        prompts: Sequence[Prompt],
+        decodings: Sequence[Decoding],
+        terms: Sequence[Terms],
+        decode: bool,
+        latents: Sequence[torch.Tensor | None] | None = None,
     ) -> list[Answer]:
-        with self._running(prompts, decodings, terms) as running:
+        with self._running(prompts, decodings, terms, latents) as running:
             while not all(sequence.is_finished for sequence in running):
                 self.engine.advance()
         to_text = self.processor.decode if decode else _no_text
@@ -243,12 +270,17 @@ class Model:
 
     @contextmanager
     def _running(
-        self, prompts: Sequence[Prompt], decodings: Sequence[Decoding], terms: Sequence[Terms]
+        self,
+        prompts: Sequence[Prompt],
+        decodings: Sequence[Decoding],
+        terms: Sequence[Terms],
+        latents: Sequence[torch.Tensor | None] | None = None,
     ) -> Iterator[list[Running]]:
         """Submit all or none; whatever has not finished on the way out is cancelled."""
         running: list[Running] = []
+        given = [None] * len(prompts) if latents is None else latents
         try:
-            for submission in zip(prompts, decodings, terms, strict=True):
+            for submission in zip(prompts, decodings, terms, given, strict=True):
                 running.append(self.engine.submit(*submission))
             yield running
             if any(sequence.finish_reason == "cancelled" for sequence in running):

@@ -1,8 +1,8 @@
 """Whatever else is in the engine, whenever it comes and goes: every request's answer is the one it gets alone.
 
-Random schedules: arrivals at any step, priorities, tenants, cancellations, caches so small that sequences are
-preempted, pages and prefill pieces of any size, in C++, in torch and in the steps of a device. Answers are compared
-with single runs without any sharing, token for token and latent for latent, in fp32.
+Random schedules: arrivals at any step, priorities, tenants, given thoughts, cancellations, caches so small that
+sequences are preempted, pages and prefill pieces of any size, in C++, in torch and in the steps of a device. Answers
+are compared with single runs without any sharing, token for token and latent for latent, in fp32.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ PARTS = 8  # tests, so that several processes share the work
 
 @dataclass(frozen=True)
 class Alone:
-    """A request and what it gets without company."""
+    """A request, perhaps with its first thoughts given, and what it gets without company."""
 
     prompt: vitalrt.Prompt
     decoding: Decoding
+    given: torch.Tensor | None
     token_ids: list[int]
     latents: torch.Tensor
     finish_reason: str
@@ -65,17 +66,20 @@ def requests(tiny) -> list[Alone]:
             question = torch.tensor([random.Random(seed).randrange(80) for _ in range(3 * seed)])
             ids = torch.cat((base.input_ids, question))
             prompts.append(vitalrt.Prompt(ids, base.pixel_values, base.image_grid_thw))
-    found = []
-    draw = random.Random(0)
+    found: list[Alone] = []
+    draw, width = random.Random(0), tiny.reference.config.text_config.hidden_size
     for prompt in prompts:
         for k in (0, draw.randint(1, 3), draw.randint(4, 9)):
             decoding = Decoding(k, max_new_tokens=draw.randint(1, 12))
             if draw.random() < 0.3:
                 decoding = replace(decoding, temperature=1.2, top_p=0.95, seed=draw.randrange(1000))
-            one = finish(engine, engine.submit(prompt, decoding))
+            given = None
+            if k and draw.random() < 0.3:
+                given = torch.randn(draw.randint(1, k), width, generator=torch.Generator().manual_seed(len(found)))
+            one = finish(engine, engine.submit(prompt, decoding, None, given))
             latents = torch.stack(one.latents) if one.latents else torch.empty(0)
             assert one.finish_reason in ("stop", "length")
-            found.append(Alone(prompt, decoding, one.token_ids, latents, one.finish_reason))
+            found.append(Alone(prompt, decoding, given, one.token_ids, latents, one.finish_reason))
     return found
 
 
@@ -112,7 +116,8 @@ def run_schedule(tiny, config: EngineConfig, arrivals: list[Arrival], path: str)
     while any(arrival.sequence is None or not arrival.sequence.is_finished for arrival in arrivals):
         for arrival in arrivals:
             if arrival.step == step:
-                arrival.sequence = engine.submit(arrival.expected.prompt, arrival.expected.decoding, arrival.terms)
+                one = arrival.expected
+                arrival.sequence = engine.submit(one.prompt, one.decoding, arrival.terms, one.given)
             if arrival.cancel_at == step and arrival.sequence is not None:
                 engine.cancel(arrival.sequence)
         engine.advance()
@@ -146,9 +151,11 @@ def test_everybody_gets_what_they_get_alone(tiny, requests, part: int) -> None:
         statistics = engine.statistics()
         assert statistics.pages_used == statistics.num_running == statistics.num_waiting == 0
         seen["preempted"] += statistics.num_preemptions
+        seen["given, preempted"] += sum(
+            a.sequence.num_preemptions for a in arrivals if a.sequence is not None and a.expected.given is not None
+        )
         seen["found"] += statistics.cached_tokens
         seen["images found"] += statistics.images_found
     # The schedules do what they are for.
-    assert min(seen[event] for event in ("stop", "length", "cancelled", "preempted", "found", "images found")) >= 5, (
-        seen
-    )
+    events = ("stop", "length", "cancelled", "preempted", "given, preempted", "found", "images found")
+    assert min(seen[event] for event in events) >= 5, seen

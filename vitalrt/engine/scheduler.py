@@ -96,8 +96,14 @@ class Engine:
             if self.encoder.device.type == "cpu" and not self.encoder.knows(_namespace(cache_salt) + picture.digest):
                 picture.patches()
 
-    def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
-        """Queue a request.  Raises InputError or CapacityError before any work is done."""
+    def submit(
+        self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None, latents: torch.Tensor | None = None
+    ) -> Sequence:
+        """Queue a request.  Raises InputError or CapacityError before any work is done.
+
+        latents: z_1, z_2, .. [at most K, d], to be taken for its own. Such a request shares no pages: what it comes to
+        think is not what its prompt leads to.
+        """
         terms = terms or Terms()
         config = self.model.config
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), config)
@@ -105,9 +111,10 @@ class Engine:
         namespace = _namespace(terms.cache_salt)
         images = images_of(prompt, namespace, config.image_token_id)
         key = None
-        if self.config.prefix_cache:
+        given = () if latents is None else tuple(latents.to(self.cache.k))
+        if self.config.prefix_cache and not given:
             key = PrefixKey.of_prompt(namespace, prompt, config).then_latents(decoding.k)
-        sequence = Sequence(prompt, positions, next_position, decoding, terms, key, images)
+        sequence = Sequence(prompt, positions, next_position, decoding, terms, key, images, given)
         self.cache.require_room(sequence.capacity)
         with self._lock:
             self._waiting.join(sequence)
@@ -222,7 +229,7 @@ class Engine:
     def _give_pages(self, sequence: Sequence) -> bool:
         """Pages for what is known of a sequence and one step more: those that are in the cache, and new ones."""
         self.cache.find(sequence)
-        num_needed = self.cache.num_pages_for(min(sequence.num_known + 1, sequence.capacity)) - len(sequence.pages)
+        num_needed = self.cache.num_pages_for(min(sequence.num_foreseen + 1, sequence.capacity)) - len(sequence.pages)
         # One page for each that runs: soon enough they all grow, and would take these back.
         while num_needed + len(self._batch.sequences) > self.cache.num_available_pages:
             if not self._preempt_for(sequence, [*self._prefilling, *self._batch.sequences]):
@@ -243,10 +250,14 @@ class Engine:
             for sequence in sequences:
                 self._end(sequence, "cancelled")
             raise
-        done = [row for row, sequence in enumerate(sequences) if sequence.num_tokens == sequence.num_known]
-        for row in done:
-            sequence = sequences[row]
+        done = []
+        for row, sequence in enumerate(sequences):
+            if sequence.num_tokens < sequence.num_known:
+                continue
             hidden[row] = sequence.take_in(hidden[row].clone())
+            if sequence.is_behind:
+                continue
+            done.append(row)
             self._prefilling.remove(sequence)
             sequence.mark("latent" if sequence.is_thinking else "decode")
             for image in sequence.images:

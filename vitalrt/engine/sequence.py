@@ -50,7 +50,7 @@ class Sequence:
     thought or sampled again.
 
     num_tokens: how many of its inputs are in the cache.  pages, slots [len(pages) * page_size] int64: where they are.
-    thoughts: z_0, z_1, .. so far, each [d].  cached_tokens: prompt tokens found in the prefix cache.
+    thoughts: z_0, z_1, .. so far, each [d], given or its own.  cached_tokens: prompt tokens found in the prefix cache.
     key: its prompt and K latents as the prefix cache knows them; None where nothing is shared.
     """
 
@@ -63,14 +63,19 @@ class Sequence:
         terms: Terms | None = None,
         key: PrefixKey | None = None,
         images: Many[Image] = (),
+        given: Many[torch.Tensor] = (),
     ) -> None:
-        """positions: [3, T] M-RoPE positions of the prompt.  next_position: of what follows it."""
+        """positions: [3, T] M-RoPE positions of the prompt.  next_position: of what follows it.
+
+        given: z_1, z_2, .., at most K of them, to be taken for its own; it thinks on from there.
+        """
         self.prompt = prompt
         self.positions = positions
         self.next_position = next_position
         self.decoding = decoding
         self.key = key
         self.images = images
+        self.given = given
         self.generator = new_generator(decoding)
         self.num_tokens = 0
         self.pages: list[int] = []
@@ -97,6 +102,17 @@ class Sequence:
     def num_known(self) -> int:
         """Of its inputs, those that are known by now; the next one follows from the hidden state that these give."""
         return self.prompt.num_tokens + min(len(self.thoughts), self.decoding.k) + len(self.token_ids)
+
+    @property
+    def num_foreseen(self) -> int:
+        """Its inputs that are known, and z_0 with the given thoughts, which are as soon as the prompt has been fed."""
+        soon = min(1 + len(self.given), self.decoding.k) if self.given else 0
+        return max(self.num_known, self.prompt.num_tokens + soon)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether thoughts that were given are yet to be fed, so that it cannot go on from the newest."""
+        return self.num_tokens - self.prompt.num_tokens < len(self.thoughts) - 1
 
     @property
     def position(self) -> int:
@@ -159,13 +175,15 @@ class Sequence:
         """hidden: [d], what its last known input gave.  Returns the hidden state to go on from.
 
         A state that was thought before and has been computed once more is not the one to go on from: the old one is.
+        After z_0 come the thoughts that were given, which are then known inputs like those of a preempted one.
         """
         if self.token_ids:
             return hidden
-        if self.num_tokens - self.prompt.num_tokens < len(self.thoughts):
-            return self.thoughts[-1]
-        self.thoughts.append(hidden)
-        return hidden
+        if self.num_tokens - self.prompt.num_tokens >= len(self.thoughts):
+            self.thoughts.append(hidden)
+            if len(self.thoughts) == 1:
+                self.thoughts += self.given
+        return self.thoughts[-1]
 
     def say(self, token: int, stop_ids: Collection[int]) -> None:
         """token: the next of its answer, which may be its last."""

@@ -73,8 +73,13 @@ class OnnxEngine:
         for picture in pictures:
             picture.patches()
 
-    def submit(self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None) -> Sequence:
-        """Queue a request.  Raises InputError or CapacityError before any work is done."""
+    def submit(
+        self, prompt: Prompt, decoding: Decoding, terms: Terms | None = None, latents: torch.Tensor | None = None
+    ) -> Sequence:
+        """Queue a request.  Raises InputError or CapacityError before any work is done.
+
+        latents: None; the loop's graph takes none.
+        """
         config = self.sessions.config
         positions, next_position = mrope_positions(prompt.input_ids, prompt.grids(), config)
         prompt.require_patches_of(config.vision.patch_dim)
