@@ -190,16 +190,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with _needs("train"):
         from vitalrt_training import evaluate as evaluation
         from vitalrt_training.data.tables import load_tables
+        from vitalrt_training.patching import patch_latents, print_patched
     model = _load(arguments)
+    report: dict[str, Any] = {"split": arguments.split}
     if arguments.data is None:
-        report = evaluation.evaluate_phantoms(model, arguments.split, arguments.seed, arguments.count, arguments.k)
+        shown: Any = evaluation.Phantoms(arguments.split, arguments.seed, arguments.count)
+        report["seed"] = arguments.seed
     else:
         shown = evaluation.TablePictures(load_tables(arguments.data), arguments.split)
-        report = {"split": arguments.split, **evaluation.evaluate(model, shown, arguments.k)}
+    ks = arguments.k or [model.checkpoint.vital.k]
+    patched = patch_latents(model, shown, ks[-1]) if arguments.patch else None
+    report |= evaluation.evaluate(model, shown, ks)
+    if patched is not None:
+        report["patched"] = patched
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
         evaluation.print_report(report)
+        if patched is not None:
+            print_patched(patched)
 
 
 def export_onnx(arguments: argparse.Namespace) -> None:
@@ -362,6 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--data", metavar="DIR", help="the split of a data set's tables, in place of phantoms")
     verb.add_argument(
         "-k", type=int, action="append", help="latent steps, may be repeated; the last is reported in full"
+    )
+    verb.add_argument(
+        "--patch", action="store_true", help="also whether latents matter: answers when all but the last are others'"
     )
     _add_model(verb)
 

@@ -31,6 +31,14 @@ class Shown(NamedTuple):
     samples: Sequence[Sample]
 
 
+class Question(NamedTuple):
+    """One of Shown's samples, with its own or another picture."""
+
+    picture: np.ndarray
+    modality: str
+    sample: Sample
+
+
 class Phantoms(Sequence[Shown]):
     """The first `count` phantoms of a seed, drawn when they are asked for."""
 
@@ -86,11 +94,6 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def evaluate_phantoms(model: Model, split: str, seed: int, count: int, steps: Sequence[int] | None) -> dict[str, Any]:
-    """Over `count` fresh phantoms; see evaluate."""
-    return {"split": split, "seed": seed, **evaluate(model, Phantoms(split, seed, count), steps)}
-
-
 def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int] | None) -> dict[str, Any]:
     """Exact-match accuracy on closed questions, for each k of `steps` (None: the checkpoint's default).
 
@@ -129,19 +132,22 @@ def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int] | None) 
 
 def ask_all(model: Model, shown: Sequence[Shown], k: int, shift: int) -> Iterator[Outcome]:
     """Every question of every picture, asked about the picture `shift` places further on."""
+    for asked in questions_at_a_time(shown, shift, f"k={k}, shuffled" if shift else f"k={k}"):
+        requests = [Request(one.picture, one.sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS) for one in asked]
+        for one, answer in zip(asked, model.generate_batch(requests), strict=True):
+            yield Outcome(one.sample, one.modality, answer.text)
+
+
+def questions_at_a_time(shown: Sequence[Shown], shift: int, title: str) -> Iterator[list[Question]]:
+    """The questions of a few pictures at a time, each with the picture `shift` places further on, behind a bar."""
     first_of_chunk = range(0, len(shown), PICTURES_AT_A_TIME)
-    for first in track(first_of_chunk, f"k={k}, shuffled" if shift else f"k={k}", console=Console(stderr=True)):
-        asked: list[tuple[str, Sample]] = []
-        requests = []
+    for first in track(first_of_chunk, title, console=Console(stderr=True)):
+        asked = []
         for index in range(first, min(first + PICTURES_AT_A_TIME, len(shown))):
             one = shown[index]
             picture = one.picture if shift == 0 else shown[(index + shift) % len(shown)].picture
-            for sample in one.samples:
-                asked.append((one.modality, sample))
-                requests.append(Request(picture, sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS))
-        answers = model.generate_batch(requests)
-        for (modality, sample), answer in zip(asked, answers, strict=True):
-            yield Outcome(sample, modality, answer.text)
+            asked += [Question(picture, one.modality, sample) for sample in one.samples]
+        yield asked
 
 
 def majority_of_type(outcomes: Sequence[Outcome]) -> dict[str, tuple[str, float]]:
