@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from vitalrt_kernels.gpu.interpreted import INTERPRETED
 from vitalrt_kernels.gpu.norm_rope import load_halves, turned
 from vitalrt_kernels.gpu.overlap import overlap_options, share_alike, wait_for_previous
 from vitalrt_kernels.gpu.tickets import is_last_block
-from vitalrt_kernels.gpu.widen import INTERPRETED
 from vitalrt_kernels.paged_attention import BLOCK_L, Append
 
 BLOCKS_PER_SM = {"_paged_attention_kernel": 2}

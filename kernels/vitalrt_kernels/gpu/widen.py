@@ -8,7 +8,8 @@ first, four at once; then 2^23 + 128 is taken off again.
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # knows no assembly
+from vitalrt_kernels.gpu.interpreted import INTERPRETED
+
 WIDEN_FOUR = tl.constexpr("""{
     .reg .b32 four, one;
     xor.b32 four, $4, 0x80808080;
