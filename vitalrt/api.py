@@ -142,12 +142,13 @@ class Model:
         where the checkpoint has no scaffolding.
         """
         explainer = self._explainer
+        patch_encoder = explainer.open_encoder(encoder)  # before the model thinks for nothing
         pictures = read_images(image, read or ReadOptions())
         asked = None if image is None else pictures  # read once: what is shown is what was asked about
         answer = self.generate(
             asked, question, k, max_new_tokens, temperature, top_p, top_k, seed, read=None, terms=terms
         )
-        return explainer.explain(answer, question, pictures, encoder)
+        return explainer.explain(answer, question, pictures, patch_encoder)
 
     @functools.cached_property
     def _explainer(self) -> Explainer:

@@ -55,22 +55,35 @@ class Explainer:
         self._encoders: dict[Path, PatchEncoder] = {}
         self._one_at_a_time = threading.Lock()
 
-    def explain(
-        self,
-        answer: Answer,
-        question: str,
-        pictures: Sequence[np.ndarray],
-        encoder_dir: str | os.PathLike[str] | None = None,
-    ) -> Explanation:
-        """pictures: uint8 RGB [H, W, 3], those that were asked about.  encoder_dir: None for the checkpoint's own.
+    def open_encoder(self, directory: str | os.PathLike[str] | None = None) -> PatchEncoder | None:
+        """directory: None for the one beside the scaffolding, if there is one.
 
-        Raises CheckpointError where encoder_dir holds another encoder than the projector was trained for.
+        Raises CheckpointError where it holds another encoder than the projector was trained for.
         """
+        beside = self._checkpoint.scaffold_directory / ENCODER
+        path = Path(directory) if directory is not None else beside if beside.is_dir() else None
+        if path is None:
+            return None
+        with self._one_at_a_time:
+            if path not in self._encoders:
+                encoder, expected = open_encoder(path, self._device), self._checkpoint.vital.encoder
+                if encoder.id != expected:
+                    raise CheckpointError(
+                        f"encoder: expected {expected or 'none'}, whose features the projector was trained for, got "
+                        f"{encoder.id}"
+                    )
+                self._encoders = {path: encoder}
+            return self._encoders[path]
+
+    def explain(
+        self, answer: Answer, question: str, pictures: Sequence[np.ndarray], encoder: PatchEncoder | None
+    ) -> Explanation:
+        """pictures: uint8 RGB [H, W, 3], those that were asked about.  encoder: as open_encoder gives it."""
         with self._one_at_a_time:
             missing: dict[str, str] = {}
             latents = answer.latents.to(self._device)
             words = self._words(latents, missing)
-            maps, neighbours = self._aims(latents, pictures, encoder_dir, missing)
+            maps, neighbours = self._aims(latents, pictures, encoder, missing)
         steps = [
             Step(
                 None if words is None else words[k].text,
@@ -93,20 +106,16 @@ class Explainer:
         self,
         latents: torch.Tensor,
         pictures: Sequence[np.ndarray],
-        encoder_dir: str | os.PathLike[str] | None,
+        encoder: PatchEncoder | None,
         missing: dict[str, str],
     ) -> tuple[list[torch.Tensor], list[list[Neighbour]]]:
         """Heat maps [K, R, C] of each picture, and neighbours of each latent."""
-        encoder = None if encoder_dir is None else self._encoder(Path(encoder_dir))  # a wrong one is told in any case
         if "visual" not in self.scaffold.supervised:
             missing["pictures"] = missing["neighbours"] = "the visual projector of this scaffolding was not trained"
             return [], []
         if not len(latents):
             return [], []
         aims = aim(self.scaffold, latents)
-        beside = self._checkpoint.scaffold_directory / ENCODER
-        if encoder is None and beside.is_dir():
-            encoder = self._encoder(beside)
         if encoder is None:
             aims_at = self._checkpoint.vital.encoder
             missing["pictures"] = f"{aims_at} does not lie beside the model: name the directory of that encoder"
@@ -116,17 +125,6 @@ class Explainer:
             missing["neighbours"] = f"no {ROI_INDEX} lies beside the scaffolding"
         maps = heatmaps(encoder, pictures, aims) if encoder is not None else []
         return maps, self._index.nearest(aims, NUM_NEIGHBOURS) if self._index else []
-
-    def _encoder(self, directory: Path) -> PatchEncoder:
-        if directory not in self._encoders:
-            encoder, expected = open_encoder(directory, self._device), self._checkpoint.vital.encoder
-            if encoder.id != expected:
-                aims_at = expected or "none"
-                raise CheckpointError(
-                    f"encoder: expected {aims_at}, whose features the projector was trained for, got {encoder.id}"
-                )
-            self._encoders = {directory: encoder}
-        return self._encoders[directory]
 
 
 def _index(path: Path, encoder_id: str) -> RoiIndex | None:
