@@ -278,7 +278,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=500, help="phantoms")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if arguments.count < 2:
+        parser.error(f"--count: expected at least 2, one of them the other picture, got {arguments.count}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vitalrt.api import BUNDLED
+from vitalrt.api import BUNDLED, Model
 from vitalrt.cli import main
 
 DEMO = str(Path(__file__).parents[1] / "examples" / "demo.png")
@@ -62,12 +65,13 @@ def test_explain_prints_what_each_step_shows_and_writes_a_page(capsys, tmp_path)
     assert code == 0
     for part in (
         "lower left",
-        "Step 1        The cyst is in the lower half. (",
-        "Step 2        It is in the left half. (",
+        "Step 1\n  words       The cyst is in the lower half. (",
+        "Step 2\n  words       It is in",
     ):
         assert part in out
-    for part in ("most like the picture ", "like ", "not for clinical decisions", "not a faithful trace"):
+    for part in ("  picture     most alike at ", "  neighbours  ", "not a faithful trace"):
         assert part in out
+    assert out.count("not for clinical decisions") == 1
     assert "The cyst is in the lower half." in page.read_text()
 
 
@@ -79,6 +83,29 @@ def test_explain_json_is_one_object(capsys):
     assert (record["text"], record["images"], record["missing"]) == ("lower left", [DEMO], {})
     assert np.array(step["heatmaps"]).shape == (1, 12, 12) and len(step["neighbours"]) == 5
     assert "faithful" in record["notice"]
+
+
+def test_explain_passes_every_option_on_and_tells_what_is_missing(capsys, tmp_path, monkeypatch):
+    asked = {}
+    original = Model.explain
+    monkeypatch.setattr(Model, "explain", lambda *of, **by: asked.update(by) or original(*of, **by))
+    model = shutil.copytree(BUNDLED, tmp_path / "model")
+    encoder = (model / "encoder").rename(tmp_path / "encoder")
+    options = {"k": 1, "max-new-tokens": 3, "temperature": 0.5, "top-p": 0.9, "top-k": 7, "seed": 2}
+    flags = [word for name, value in options.items() for word in ("-k" if name == "k" else f"--{name}", value)]
+    code, out, _ = run(capsys, "explain", DEMO, DEMO, QUESTION, *flags, "--model", model)
+    assert code == 0 and "No pictures: no siglip-" in out and "most alike" not in out
+    assert {name.replace("-", "_"): value for name, value in options.items()}.items() <= asked.items()
+    code, out, _ = run(capsys, "explain", DEMO, DEMO, QUESTION, *flags, "--model", model, "--encoder", encoder)
+    assert code == 0 and "  picture 1   most alike" in out and "  picture 2   most alike" in out
+
+
+def test_explain_is_silent_but_for_what_was_asked():
+    """In a process of its own, whose libraries have not been told to be quiet."""
+    command = [sys.executable, "-m", "vitalrt.cli", "explain", DEMO, QUESTION, "-k", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["text"] == "lower left"
+    assert done.stderr == ""
 
 
 def test_info_names_model_memory_and_why_backends_are_not_used(capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ class Model:
         self.checkpoint = checkpoint
         self.engine = engine
         self.int8_error = int8_error
+        self._building = threading.Lock()
+        self._built_explainer: Explainer | None = None
 
     @property
     def weights(self) -> Qwen3VL:
@@ -139,21 +142,27 @@ class Model:
 
         encoder: directory of the vision encoder that the projector was trained for, where it does not lie beside the
         model. What cannot be shown is left out, and Explanation.missing says why.  Raises VitalError: CheckpointError
-        where the checkpoint has no scaffolding.
+        where the checkpoint has no scaffolding, as ONNX exports never have.
         """
         explainer = self._explainer
         patch_encoder = explainer.open_encoder(encoder)  # before the model thinks for nothing
-        pictures = read_images(image, read or ReadOptions())
-        asked = None if image is None else pictures  # read once: what is shown is what was asked about
-        answer = self.generate(
-            asked, question, k, max_new_tokens, temperature, top_p, top_k, seed, read=None, terms=terms
-        )
-        return explainer.explain(answer, question, pictures, patch_encoder)
+        terms, started = terms or Terms(), time.perf_counter()
+        pixels = read_images(image, read or ReadOptions())
+        pictures = [self.processor.picture(one) for one in pixels]
+        self.engine.make_patches(pictures, terms.cache_salt)
+        prompt = self.processor.ask_about(pictures, question, started)
+        request = Request(image, question, k, max_new_tokens, temperature, top_p, top_k, seed)
+        [answer] = self._answers([prompt], [self._decoding(request)], [terms], decode=True)
+        return explainer.explain(answer, question, pixels, patch_encoder)
 
-    @functools.cached_property
+    @property
     def _explainer(self) -> Explainer:
-        device = torch.device("cpu") if isinstance(self.engine, OnnxEngine) else self.engine.encoder.device
-        return Explainer(self.checkpoint, device, lambda token_ids: self.processor.decode(token_ids))
+        """Built when first needed, once."""
+        device = self.weights.decoder.embed.weight.device
+        with self._building:
+            if self._built_explainer is None:
+                self._built_explainer = Explainer(self.checkpoint, device, lambda ids: self.processor.decode(ids))
+            return self._built_explainer
 
     def prepare(self, image: Any, question: str, read: ReadOptions | None = None) -> Prompt:
         """Read, resize and tokenize: what run() takes."""

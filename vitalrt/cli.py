@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +73,7 @@ def ask(arguments: argparse.Namespace) -> None:
             print(json.dumps(_answer_record(request, answer)))
         else:
             _print_answer(request, answer)
+            print(answer.notice)
 
 
 def explain(arguments: argparse.Namespace) -> None:
@@ -86,13 +86,13 @@ def explain(arguments: argparse.Namespace) -> None:
     names = ("k", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "read")
     options = {name: getattr(request, name) for name in names}
     explanation = _load(arguments).explain(request.image, request.question, **options, encoder=arguments.encoder)
-    if arguments.out is not None:
-        explanation.save(arguments.out)
     if arguments.json:
         print(json.dumps(_answer_record(request, explanation.answer) | explanation.as_dict()))
     else:
         _print_answer(request, explanation.answer)
         _print_steps(explanation)
+    if arguments.out is not None:  # last: where it cannot be written, the answer has been told
+        explanation.save(arguments.out)
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -544,23 +544,24 @@ def _print_answer(request: Request, answer: Answer) -> None:
     print(f"Latent steps  {answer.usage.latent_steps}")
     print(f"Tokens        {answer.usage.prompt_tokens} prompt, {answer.usage.completion_tokens} answer")
     print("Timings (ms)  " + ", ".join(f"{part} {getattr(timings, part):.1f}" for part in parts))
-    print(f"              {answer.notice}")
 
 
 def _print_steps(explanation: Explanation) -> None:
-    from vitalrt.explain.page import peak_of
+    from vitalrt.explain.visual_window import peak_of
 
     for number, step in enumerate(explanation.steps, start=1):
-        shown = [] if step.text is None else [f"{step.text} ({step.text_probability:.0%})"]
-        for heatmap in step.heatmaps:
-            shown.append(f"most like the picture {peak_of(heatmap)} (cosine {float(heatmap.max()):.2f})")
+        print(f"Step {number}")
+        if step.text is not None:
+            print(f"  words       {step.text} ({step.text_probability:.0%})")
+        for index, heatmap in enumerate(step.heatmaps, start=1):
+            picture = f"picture {index}" if len(step.heatmaps) > 1 else "picture"
+            print(f"  {picture:<12}most alike at {peak_of(heatmap)} (cosine {float(heatmap.max()):.2f})")
         if step.neighbours:
-            shown.append("like " + ", ".join(f"{n.label} {n.cosine:.2f}" for n in step.neighbours))
-        for label, line in zip_longest([f"Step {number}"], shown, fillvalue=""):
-            print(f"{label:<14}{line}")
+            alike = "; ".join(f"{one.label} ({one.cosine:.2f})" for one in step.neighbours)
+            print(f"  neighbours  {alike}")
     for what, why in explanation.missing.items():
-        print(f"No {what:<11}{why}")
-    print(f"{'':<14}{explanation.notice}")
+        print(f"No {what}: {why}")
+    print(explanation.notice)
 
 
 def _print_model_cost(arguments: argparse.Namespace) -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from bench.explanations import Hits, K, main, peaks_within, summary
+import vitalrt
+from bench.explanations import Hits, K, Windows, aim_all, ask_all, is_right, main, peaks_within, summary
 from vitalrt.api import BUNDLED
+from vitalrt.engine.request import Request
+from vitalrt.explain.visual_window import aim, heatmaps
 from vitalrt.model.scaffold import Scaffold
+from vitalrt_training.data.phantom import draw_phantom
+from vitalrt_training.data.roi import phantom_mask, roi_features
 
 
 def measure(tmp_path, *arguments):
@@ -43,6 +49,49 @@ def test_random_scaffolding_fails(measured, tmp_path):
     assert code == 1
     assert result["words"]["share"] < 0.2 and result["neighbours"]["share"] < 0.3
     assert result["pictures"]["regions_own_feature"] == measured[1]["pictures"]["regions_own_feature"]
+
+
+def test_hits_are_of_the_question_the_other_picture_and_the_region_itself():
+    model = vitalrt.load(device="cpu")
+    windows = Windows.of(model)
+    asked = [one for found in ask_all(model, "test", 0, 6) for one in found]
+    shown = unlike = 0
+    for one in asked:
+        mask = phantom_mask(one.phantom, one.sample.target_name)
+        pictures, neighbours = aim_all(windows, one)
+        assert bool(pictures) == bool(neighbours) == (mask is not None)
+        if mask is None:
+            continue
+        [picture], [neighbour] = pictures, neighbours
+        label = f"{one.sample.target_name}, {one.phantom.modality}"
+        for latents, within, alike in (
+            (one.answer.latents, picture.own, neighbour.own),
+            (one.other, picture.other, neighbour.other),
+        ):
+            aims = aim(windows.scaffold, latents)
+            [maps] = heatmaps(windows.encoder, [one.phantom.image], aims)
+            assert within == [peaks_within(heatmap, mask) for heatmap in maps]
+            assert alike == [found.label == label for [found] in windows.index.nearest(aims, 1)]
+        [roi] = roi_features(windows.encoder, [(one.phantom.image, mask)])
+        [[nearest]] = windows.index.nearest(torch.from_numpy(roi.feature)[None], 1)
+        assert neighbour.best == (nearest.label == label)
+        assert picture.chance == pytest.approx(mask.mean())
+        assert neighbour.chance == np.mean([known == label for known in windows.index.labels])
+        unlike += (picture.own, neighbour.own) != (picture.other, neighbour.other)
+        shown += 1
+    assert shown > 20 and unlike > 5
+    right = {is_right(replace(one, sample=replace(one.sample, answer=answer))) for one in asked for answer in ("?",)}
+    assert right == {False} and any(is_right(one) for one in asked)
+    others = [Request(draw_phantom("test", 0, 1).image, one.sample.question, k=K) for one in asked[:3]]
+    for one, other in zip(asked, model.generate_batch(others), strict=False):
+        assert one.phantom.index == 0
+        torch.testing.assert_close(one.other, other.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_one_phantom_has_no_other(capsys):
+    with pytest.raises(SystemExit):
+        main(["--count", "1"])
+    assert "--count: expected at least 2" in capsys.readouterr().err
 
 
 def test_a_peak_counts_where_the_middle_of_its_patch_lies():

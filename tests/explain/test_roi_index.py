@@ -44,6 +44,10 @@ def test_it_is_read_back_as_it_was_saved(index, tmp_path):
         (torch.zeros(2, 3), {"encoder_id": "a", "labels": "[not json"}),
         (torch.zeros(2, 3), {"encoder_id": "a", "labels": json.dumps(["one"])}),
         (torch.zeros(2), {"encoder_id": "a", "labels": json.dumps(["one", "two"])}),
+        (torch.zeros(2, 3), {"encoder_id": "a", "labels": "17"}),
+        (torch.zeros(2, 3), {"encoder_id": "a", "labels": json.dumps(["one", 2])}),
+        (torch.zeros(2, 3), {"encoder_id": "a", "labels": json.dumps("ab")}),
+        (torch.full((2, 3), torch.nan), {"encoder_id": "a", "labels": json.dumps(["one", "two"])}),
     ],
 )
 def test_a_broken_index_is_named(tmp_path, features, metadata):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vitalrt.explain.visual_window import aim, heatmaps
+from vitalrt.explain.visual_window import aim, heatmaps, peak_of
 
 WIDTH, FEATURE_WIDTH = 24, 10  # the scaffold's
 
@@ -45,3 +45,9 @@ def test_every_value_is_a_cosine_and_the_planted_patch_is_found(scaffold):
                 assert abs(float(maps[0][k, row, column]) - cosine) < 1e-6
     torch.testing.assert_close(maps[0], maps[1])  # a longer feature is no likelier
     assert divmod(int(maps[0][1].argmax()), 5) == (2, 4)
+
+
+def test_the_peak_is_told_by_the_middle_of_its_patch():
+    heatmap = torch.zeros(4, 2)
+    heatmap[3, 0] = 1
+    assert peak_of(heatmap) == "25% from the left, 88% from the top"

@@ -107,3 +107,10 @@ def test_info_says_who_runs_it(exported: vitalrt.Model) -> None:
 def test_8_bits_are_chosen_when_it_is_exported(directory: Path) -> None:
     with pytest.raises(vitalrt.VitalError, match="int8: an ONNX export is in 8 bits if it was written so"):
         vitalrt.load(directory, int8=True)
+
+
+def test_what_needs_torchs_weights_is_refused(exported: vitalrt.Model, prompts: list[vitalrt.Prompt]) -> None:
+    with pytest.raises(vitalrt.VitalError, match="model: expected a checkpoint, got an ONNX export"):
+        exported.explain(None, "What?")
+    with pytest.raises(vitalrt.VitalError, match="latents: expected none, got some for an ONNX export"):
+        exported.run(prompts[:1], k=2, latents=[torch.zeros(1, 48)])

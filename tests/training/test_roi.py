@@ -6,11 +6,14 @@ R, C rows and columns of the patch grid.
 from __future__ import annotations
 
 import math
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -23,6 +26,7 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.utils import logging
 
 from vitalrt.errors import CheckpointError, VitalError
 from vitalrt.model.vision_encoder import VisionEncoder, open_encoder
@@ -282,6 +286,48 @@ def test_directories_that_are_no_encoder_are_named(encoders, tmp_path):
     text.save_pretrained(tmp_path / "text")
     with pytest.raises(CheckpointError, match="siglip_text_model"):
         VisionEncoder(tmp_path / "text")
+
+
+@pytest.mark.parametrize("name", ["siglip", "siglip-vision", "clip", "clip-vision"])
+def test_an_encoder_without_all_its_weights_is_refused(encoders, tmp_path, name):
+    """transformers would fill the gap with random numbers."""
+    directory = shutil.copytree(encoders[name][0], tmp_path / "gap")
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    removed = next(key for key in sorted(weights) if "layers.1." in key and "text_model" not in key)
+    save_file({key: weight for key, weight in weights.items() if key != removed}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"encoder: .*gap lacks 1 tensors, the first is .*layers\.1\."):
+        VisionEncoder(directory)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"encoder: the weights in .*gap cannot be read"):
+        VisionEncoder(directory)
+
+
+def test_what_encode_does_not_run_may_be_missing(encoders, tmp_path):
+    directory = shutil.copytree(encoders["siglip"][0], tmp_path / "tower")
+    weights = load_file(directory / "model.safetensors")
+    tower = {key: weight for key, weight in weights.items() if ".encoder." in key and "text_model" not in key}
+    tower |= {key: weight for key, weight in weights.items() if "vision_model.embeddings" in key}
+    save_file(tower, directory / "model.safetensors", {"format": "pt"})
+    image = np.random.default_rng(3).integers(0, 255, (50, 70, 3)).astype(np.uint8)
+    whole = VisionEncoder(encoders["siglip"][0]).encode([image])
+    torch.testing.assert_close(VisionEncoder(directory).encode([image]), whole)
+
+
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_a_picture_of_few_rows_is_no_picture_of_many_channels(encoders, height):
+    flat = np.random.default_rng(3).integers(0, 255, (height, 40, 3)).astype(np.uint8)
+    stretched = np.asarray(Image.fromarray(flat).resize((32, 32), Image.Resampling.BICUBIC))
+    encoder = VisionEncoder(encoders["siglip"][0])
+    torch.testing.assert_close(encoder.encode([flat]), encoder.encode([stretched]))
+
+
+def test_loading_leaves_transformers_as_it_was(encoders):
+    """In several threads at once."""
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(VisionEncoder, [encoders["siglip"][0]] * 8))
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
 
 
 def test_phantoms(encoders):

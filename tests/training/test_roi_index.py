@@ -41,7 +41,7 @@ def tables(tmp_path):
 
 
 def test_each_target_of_a_training_picture_comes_once(tables):
-    index = index_regions(tables)
+    index = index_regions(tables, most=99)
     assert index.labels == ["cyst, ct", "liver, ct", "cyst, mri"]
     assert torch.equal(index.features.float(), torch.eye(5)[[0, 2, 3]])
     assert index.encoder_id == "e"
@@ -49,9 +49,10 @@ def test_each_target_of_a_training_picture_comes_once(tables):
 
 def test_of_many_an_even_share_is_kept(tables):
     assert index_regions(tables, most=2).labels == ["cyst, ct", "cyst, mri"]
+    assert index_regions(tables, most=0) is None
 
 
 def test_without_features_there_is_no_index(tables, tmp_path):
     rows = [row | {"roi_feature": None, "encoder_id": None} for row in tables.samples]
     write_rows(tmp_path / "samples.parquet", rows, SAMPLES_SCHEMA)
-    assert index_regions(load_tables(tmp_path, cache_dir=tmp_path / "other")) is None
+    assert index_regions(load_tables(tmp_path, cache_dir=tmp_path / "other"), most=99) is None

@@ -21,7 +21,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 import vitalrt
 from vitalrt.errors import VitalError
@@ -252,14 +252,51 @@ def test_a_finished_run_can_be_explained(recipe, finished):
 
 
 def test_scaffolding_tells_what_trained_it(recipe, tmp_path):
-    for name, losses, expected in (
-        ("words", LossConfig(text_weight=1.0, visual_weight=0.0), ("text",)),
-        ("nothing", LossConfig(text_weight=0.0, visual_weight=0.0), ()),
+    for name, changed, expected in (
+        ("words", {"losses": LossConfig(text_weight=1.0, visual_weight=0.0)}, ("text",)),
+        ("nothing", {"losses": LossConfig(text_weight=0.0, visual_weight=0.0)}, ()),
+        ("never thinks", {"k_weights": (1.0,)}, ()),
     ):
-        settings = {"losses": losses, "text_decoder": TINY, "schedule": "full_mix", "epochs": (0.2,)}
+        settings = {"text_decoder": TINY, "schedule": "full_mix", "epochs": (0.2,), **changed}
         directory = train_vital(replace(recipe, **settings), tmp_path / name)
         assert Scaffold.load(directory).supervised == expected
         assert not (directory / "scaffold_tokenizer.json").exists()  # the backbone's reads these words
+        assert not (directory / "roi_index.safetensors").exists()
+
+
+def test_only_training_samples_count_as_supervision(recipe, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    phantoms = [draw_phantom("train", 5, index) for index in range(4)]
+    write_tables(folder, phantoms, "validation", "validation", "train")
+    tables = load_tables(folder)
+    training = set(tables.select("train").tolist())
+    rows = [
+        sample | ({"roi_feature": None, "chain": []} if number in training else {})
+        for number, sample in enumerate(tables.samples)
+    ]
+    write_rows(folder / "samples.parquet", rows, SAMPLES_SCHEMA)
+    settings = {"text_decoder": TINY, "schedule": "full_mix", "epochs": (1.0,), "data": str(folder)}
+    assert Scaffold.load(train_vital(replace(recipe, **settings), tmp_path / "run")).supervised == ()
+    with pytest.raises(VitalError, match=r"epochs: expected at least one step in phase 1, got 0.01 of"):
+        train_vital(replace(recipe, **settings | {"epochs": (0.01,)}), tmp_path / "none")
+
+
+def test_an_index_may_be_smaller_or_stay_away(recipe, tmp_path):
+    settings = {"text_decoder": TINY, "schedule": "full_mix", "epochs": (0.2,)}
+    for count in (0, 3):
+        directory = train_vital(replace(recipe, indexed_regions=count, **settings), tmp_path / str(count))
+        path = directory / "roi_index.safetensors"
+        assert path.exists() == bool(count)
+    assert len(RoiIndex.load(path).labels) == 3
+    with pytest.raises(VitalError, match="indexed_regions: expected at least 0, got -1"):
+        replace(recipe, indexed_regions=-1)
+
+
+def test_a_tokenizer_that_cannot_go_along_is_refused_before_training(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(vital_trainer.AutoTokenizer, "from_pretrained", lambda _: ByT5Tokenizer())
+    with pytest.raises(VitalError, match=r"text_decoder: expected a tokenizer .* got a ByT5Tokenizer"):
+        train_vital(recipe, tmp_path / "run")
 
 
 def stop_at(monkeypatch, phase, step):

@@ -15,7 +15,7 @@ from vitalrt.api import load
 from vitalrt.config import ROI_INDEX, SCAFFOLD_TOKENIZER
 from vitalrt.model.scaffold import SUPERVISED
 from vitalrt_training.backbone import TINY
-from vitalrt_training.data.roi_index import index_regions
+from vitalrt_training.data.roi_index import has_feature, index_regions
 from vitalrt_training.data.tables import Tables
 from vitalrt_training.evaluate import TablePictures, evaluate
 from vitalrt_training.paradigms.vital import VitalCollator, VitalModel, to_device
@@ -31,9 +31,9 @@ def export_adapter(recipe: VitalRecipe, run_dir: Path, model: VitalModel, collat
     """run_dir/adapter: PEFT's files, vital.json, the scaffolding's files and what explanations need beside them."""
     directory, tables, tokenizer = run_dir / "adapter", collator.tables, collator.chain_tokenizer
     scaffold = model.scaffold
-    scaffold.supervised = tuple(_supervised(model, tables))
+    scaffold.supervised = _supervised(recipe, model, tables)
     scaffold.text_decoder.config.eos_token_id = tokenizer.eos_token_id  # which ended every step that it learnt
-    index = index_regions(tables)
+    index = index_regions(tables, recipe.indexed_regions) if "visual" in scaffold.supervised else None
     with replacing_directory(directory) as partial:
         model.backbone.save_pretrained(str(partial))
         scaffold.save(partial)
@@ -63,11 +63,13 @@ def report_run(
     write_report(run_dir, evaluation, probes)
 
 
-def _supervised(model: VitalModel, tables: Tables) -> list[str]:
-    """The losses that trained scaffolding: those switched on that had something to learn from."""
-    has_steps, has_features = bool(tables.num_steps.max()), bool(tables.encoder_id)
-    had_something = {"text": has_steps, "visual": has_steps and has_features}
-    return [name for name in SUPERVISED if model.weight_of(name) and had_something[name]]
+def _supervised(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> tuple[str, ...]:
+    """The losses that trained scaffolding: those switched on that had latents and something to hold them to."""
+    rows = tables.select("train")
+    has_chains = bool(tables.num_steps[rows].any())
+    thinks = any(recipe.k_weights[1:]) if recipe.k_weights else has_chains
+    has_targets = {"text": has_chains, "visual": bool(has_feature(tables, rows).any())}
+    return tuple(name for name in SUPERVISED if model.weight_of(name) and thinks and has_targets[name])
 
 
 def _vital(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> dict[str, Any]:

@@ -129,6 +129,8 @@ class VitalRecipe:
     loss_limit: a loss above it counts as exploded and stops the run.  precision: "no" or "bf16" (autocast).
     recompute: gradient checkpointing of the backbone's layers: less memory for more time.
     vision_cache: where the frozen tower's features of pictures are kept, if anywhere; changes no result.
+    indexed_regions: how many training regions' features go along with the adapter, for explanations to compare with; 0
+    for none. Whoever has a picture can tell by its feature that it was trained on.
     """
 
     backbone: str
@@ -152,6 +154,7 @@ class VitalRecipe:
     precision: str
     recompute: bool
     vision_cache: VisionCacheConfig
+    indexed_regions: int
     seed: int
     checkpoint_every: int
 
@@ -165,6 +168,8 @@ class VitalRecipe:
         for name in ("batch_size", "checkpoint_every", "feature_width"):
             if getattr(self, name) < 1:
                 raise VitalError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.indexed_regions < 0:
+            raise VitalError(f"indexed_regions: expected at least 0, got {self.indexed_regions}")
         planned = len(SCHEDULES[self.schedule])
         if self.epochs and (len(self.epochs) != planned or min(self.epochs) <= 0):
             raise VitalError(f"epochs: expected {planned} positive numbers for {self.schedule}, got {self.epochs}")
@@ -209,6 +214,7 @@ def vital_8b() -> VitalRecipe:
         precision="bf16",
         recompute=True,
         vision_cache=VisionCacheConfig(),
+        indexed_regions=2048,
         seed=0,
         checkpoint_every=200,
     )
@@ -244,6 +250,7 @@ def phantom() -> VitalRecipe:
         precision="no",
         recompute=False,
         vision_cache=VisionCacheConfig(),
+        indexed_regions=2048,
         seed=0,
         checkpoint_every=100,
     )

@@ -85,6 +85,9 @@ class VitalRun:
         self.model = self._build()
         backbone_dir, decoder_dir = _directories(recipe)
         chain_tokenizer = AutoTokenizer.from_pretrained(decoder_dir or backbone_dir)
+        if not hasattr(chain_tokenizer, "backend_tokenizer"):  # it is to be saved beside the scaffolding
+            kind = type(chain_tokenizer).__name__
+            raise VitalError(f"text_decoder: expected a tokenizer of the tokenizers library, got a {kind}")
         self.collator = VitalCollator(backbone_dir, chain_tokenizer, self.tables, recipe.feature_width)
         if recipe.vision_cache.folder:
             tower: Any = self.model.backbone.get_base_model().get_submodule("model.visual")
@@ -114,6 +117,9 @@ class VitalRun:
         if self.done_phases > index:
             return
         num_steps = int(steps_per_epoch * phase.epochs)
+        if not num_steps:
+            came = f"{phase.epochs} of {steps_per_epoch} steps"
+            raise VitalError(f"epochs: expected at least one step in phase {index + 1}, got {came}")
         first_step = self.done_steps if self.done_phases == index else 0
         self.optimizer.state.clear()
         if self.state and first_step:

@@ -18,10 +18,10 @@ import torch
 from vitalrt.checkpoint import Checkpoint
 from vitalrt.config import ENCODER, ROI_INDEX, SCAFFOLD_TOKENIZER
 from vitalrt.engine.request import Answer
-from vitalrt.errors import CheckpointError
+from vitalrt.errors import CheckpointError, VitalError
 from vitalrt.explain.explanation import Explanation, Step
 from vitalrt.explain.roi_index import Neighbour, RoiIndex
-from vitalrt.explain.text_window import Words, read_words
+from vitalrt.explain.text_window import Words, end_ids, read_words
 from vitalrt.explain.visual_window import aim, heatmaps
 from vitalrt.model.scaffold import Scaffold
 from vitalrt.model.vision_encoder import PatchEncoder, open_encoder
@@ -49,10 +49,12 @@ class Explainer:
         if self.scaffold.pj_in.in_features != checkpoint.config.decoder.hidden_size:
             width = checkpoint.config.decoder.hidden_size
             raise CheckpointError(f"scaffold: expected width {width}, got {self.scaffold.pj_in.in_features}")
+        if "text" in self.scaffold.supervised:
+            end_ids(self.scaffold)  # it must have them
         self._checkpoint, self._device = checkpoint, device
         self._decode = _decoding(directory / SCAFFOLD_TOKENIZER) or model_decode
-        self._index = _index(directory / ROI_INDEX, checkpoint.vital.encoder)
-        self._encoders: dict[Path, PatchEncoder] = {}
+        self._index = _index(directory / ROI_INDEX, checkpoint.vital.encoder, self.scaffold)
+        self._encoder: tuple[Path, PatchEncoder] | None = None
         self._one_at_a_time = threading.Lock()
 
     def open_encoder(self, directory: str | os.PathLike[str] | None = None) -> PatchEncoder | None:
@@ -61,19 +63,20 @@ class Explainer:
         Raises CheckpointError where it holds another encoder than the projector was trained for.
         """
         beside = self._checkpoint.scaffold_directory / ENCODER
-        path = Path(directory) if directory is not None else beside if beside.is_dir() else None
-        if path is None:
+        if directory is None and not beside.is_dir():
             return None
+        try:
+            path = Path(beside if directory is None else directory).resolve()
+        except (TypeError, ValueError) as error:
+            raise VitalError(f"encoder: expected a directory, got {directory!r}") from error
         with self._one_at_a_time:
-            if path not in self._encoders:
+            if self._encoder is None or self._encoder[0] != path:
                 encoder, expected = open_encoder(path, self._device), self._checkpoint.vital.encoder
                 if encoder.id != expected:
-                    raise CheckpointError(
-                        f"encoder: expected {expected or 'none'}, whose features the projector was trained for, got "
-                        f"{encoder.id}"
-                    )
-                self._encoders = {path: encoder}
-            return self._encoders[path]
+                    aims_at = f"{expected}, whose features the projector was trained for" if expected else "none"
+                    raise CheckpointError(f"encoder: expected {aims_at}, got {encoder.id}")
+                self._encoder = path, encoder
+            return self._encoder[1]
 
     def explain(
         self, answer: Answer, question: str, pictures: Sequence[np.ndarray], encoder: PatchEncoder | None
@@ -117,8 +120,8 @@ class Explainer:
             return [], []
         aims = aim(self.scaffold, latents)
         if encoder is None:
-            aims_at = self._checkpoint.vital.encoder
-            missing["pictures"] = f"{aims_at} does not lie beside the model: name the directory of that encoder"
+            aims_at = self._checkpoint.vital.encoder or "the vision encoder"
+            missing["pictures"] = f"no {aims_at} lies beside the scaffolding: name its directory (encoder=, --encoder)"
         elif not pictures:
             missing["pictures"] = "the question is about no picture"
         if self._index is None:
@@ -127,12 +130,15 @@ class Explainer:
         return maps, self._index.nearest(aims, NUM_NEIGHBOURS) if self._index else []
 
 
-def _index(path: Path, encoder_id: str) -> RoiIndex | None:
+def _index(path: Path, encoder_id: str, scaffold: Scaffold) -> RoiIndex | None:
     if not path.is_file():
         return None
-    index = RoiIndex.load(path)
-    if index.encoder_id != encoder_id:
-        raise CheckpointError(f"roi_index: expected features of {encoder_id}, got those of {index.encoder_id}")
+    index, width = RoiIndex.load(path), scaffold.projector.output.out_features
+    if index.encoder_id != encoder_id or index.features.shape[1] != width:
+        came = f"width {index.features.shape[1]} of {index.encoder_id}"
+        raise CheckpointError(
+            f"roi_index: expected features of width {width} of {encoder_id or 'no encoder'}, got {came}"
+        )
     return index
 
 

@@ -70,16 +70,11 @@ class Explanation:
         It holds the pictures, the question and the answer: it is as confidential as they are.  Raises VitalError where
         it cannot be written.
         """
-        return write_page(self, Path(path))
+        return write_page(self, path)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; without pictures and latents."""
+        """What it adds to the answer, for JSON; without pictures."""
         return {
-            "question": self.question,
-            "text": self.answer.text,
-            "token_ids": self.answer.token_ids,
-            "finish_reason": self.answer.finish_reason,
-            "usage": asdict(self.answer.usage),
             "steps": [
                 {
                     "text": step.text,

@@ -19,6 +19,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from PIL import Image
 
 from vitalrt.errors import VitalError
+from vitalrt.explain.visual_window import peak_of
 
 if TYPE_CHECKING:
     from vitalrt.explain.explanation import Explanation, Step
@@ -29,23 +30,29 @@ HEAT_COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 
 MOST_OPAQUE = 0.75
 
 
-def write_page(explanation: Explanation, path: Path) -> Path:
+def write_page(explanation: Explanation, path: str | os.PathLike[str]) -> Path:
     """See Explanation.save."""
     html = render(explanation)
     try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        target = Path(path).resolve()  # a link stays one
+        if target.exists() and not target.is_file():
+            raise VitalError(f"path: expected an ordinary file, or none yet, got {str(path)!r}")
+        # Readable by its owner alone: it is confidential.
+        descriptor, partial = tempfile.mkstemp(prefix=".page-", dir=target.parent)
         try:
-            with os.fdopen(
-                descriptor, "w", encoding="utf-8"
-            ) as file:  # readable by its owner alone: it is confidential
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(html)
-            os.replace(name, path)
+            os.replace(partial, target)
         except BaseException:
-            Path(name).unlink(missing_ok=True)
+            Path(partial).unlink(missing_ok=True)
             raise
+    except VitalError:
+        raise
+    except (TypeError, ValueError) as error:  # no path at all, or with a null byte
+        raise VitalError(f"path: expected a path, got {path!r}") from error
     except OSError as error:
         raise VitalError(f"path: {path} cannot be written ({error.strerror or error})") from error
-    return path
+    return Path(path)
 
 
 def render(explanation: Explanation) -> str:
@@ -65,7 +72,7 @@ def render(explanation: Explanation) -> str:
         cut="" if answer.finish_reason == "stop" else answer.finish_reason,
         notice=explanation.notice,
         missing=list(explanation.missing.items()),
-        pictures=[_png(_shrunk(picture)) for picture in explanation.pictures],
+        pictures=[_shown_picture(picture) for picture in explanation.pictures],
         steps=[_shown(step, low, high) for step in explanation.steps],
         scale=scale if maps else None,
         provenance=explanation.provenance,
@@ -78,12 +85,6 @@ def heat_colours(shares: torch.Tensor) -> np.ndarray:
     at = np.linspace(0, 1, len(HEAT_COLOURS))
     channels = [np.interp(values, at, channel) for channel in np.array(HEAT_COLOURS).T]
     return np.stack([*channels, values * MOST_OPAQUE * 255], axis=-1).round().astype(np.uint8)
-
-
-def peak_of(heatmap: torch.Tensor) -> str:
-    """Where a heat map [R, C] is greatest, in words: the middle of that patch."""
-    row, column = divmod(int(heatmap.argmax()), heatmap.shape[1])
-    return f"{(column + 0.5) / heatmap.shape[1]:.0%} from the left, {(row + 0.5) / heatmap.shape[0]:.0%} from the top"
 
 
 def _shown(step: Step, low: float, high: float) -> dict[str, Any]:
@@ -104,10 +105,10 @@ def _shown(step: Step, low: float, high: float) -> dict[str, Any]:
     }
 
 
-def _shrunk(picture: np.ndarray) -> np.ndarray:
+def _shown_picture(picture: np.ndarray) -> dict[str, Any]:
     image = Image.fromarray(picture)
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))  # never larger than it is
-    return np.asarray(image)
+    return {"image": _png(np.asarray(image)), "width": image.width, "height": image.height}
 
 
 def _png(pixels: np.ndarray) -> str:

@@ -54,11 +54,12 @@ class RoiIndex:
         try:
             with safe_open(path, framework="pt") as file:
                 features, metadata = file.get_tensor("features"), file.metadata() or {}
-            labels = json.loads(metadata["labels"])
-            encoder_id = metadata["encoder_id"]
+            labels, encoder_id = json.loads(metadata["labels"]), metadata["encoder_id"]
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise CheckpointError(f"roi_index: {path} cannot be read ({error})") from error
-        if features.ndim != 2 or len(features) != len(labels):
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise CheckpointError(f"roi_index: expected a list of labels in {path}, got other JSON")
+        if features.ndim != 2 or len(features) != len(labels) or not bool(features.float().isfinite().all()):
             came = f"features {list(features.shape)} and {len(labels)} labels"
-            raise CheckpointError(f"roi_index: expected a label for each row of features, got {came} in {path}")
+            raise CheckpointError(f"roi_index: expected finite features, a row for each label, got {came} in {path}")
         return cls(features, labels, encoder_id)

@@ -31,3 +31,9 @@ def heatmaps(encoder: PatchEncoder, pictures: Sequence[np.ndarray], aims: torch.
     """
     patches = [normalize(encoder.encode([picture])[0], dim=-1) for picture in pictures]
     return [torch.einsum("rcv,kv->krc", found, aims) for found in patches]
+
+
+def peak_of(heatmap: torch.Tensor) -> str:
+    """Where a heat map [R, C] is greatest, in words: the middle of that patch."""
+    row, column = divmod(int(heatmap.argmax()), heatmap.shape[1])
+    return f"{(column + 0.5) / heatmap.shape[1]:.0%} from the left, {(row + 0.5) / heatmap.shape[0]:.0%} from the top"

@@ -24,6 +24,7 @@ PROJECTORS = ("linear", "mlp", "mlp_ln", "res_mlp_ln", "transformer")
 DROPOUT = 0.1
 SUPERVISED = ("text", "visual")
 """Losses that train scaffolding; which of them did is told with it, for what was not trained shows nothing."""
+_KEYS = {"projector", "width", "feature_width", "supervised", "text_decoder"}
 
 
 class VisualProjector(nn.Module):
@@ -145,13 +146,21 @@ class Scaffold(nn.Module):
                 " scaffolding"
             )
         config = read_json(directory / SCAFFOLD_CONFIG, "scaffold")
-        try:
-            decoder_config = AutoConfig.for_model(**config["text_decoder"])
-            decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=torch.float32)
-            sizes = config["projector"], config["width"], config["feature_width"]
-            scaffold = cls.build(*sizes, decoder, config["supervised"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"scaffold: {directory / SCAFFOLD_CONFIG} lacks or garbles {error}") from error
+        if set(config) != _KEYS:
+            came = f"expected keys {sorted(_KEYS)}, got {sorted(config)}"
+            raise CheckpointError(f"scaffold: {directory / SCAFFOLD_CONFIG}: {came}")
+        if not isinstance(config["supervised"], list) or not set(config["supervised"]) <= set(SUPERVISED):
+            came = f"supervised: expected a list of {SUPERVISED}, got {config['supervised']!r}"
+            raise CheckpointError(f"scaffold: {directory / SCAFFOLD_CONFIG}: {came}")
+        with torch.random.fork_rng(devices=[]):  # weights are drawn, to be overwritten: nobody's seed is to move on
+            try:
+                decoder_config = AutoConfig.for_model(**config["text_decoder"])
+                decoder = AutoModelForCausalLM.from_config(decoder_config, dtype=torch.float32)
+                sizes = config["projector"], config["width"], config["feature_width"]
+                scaffold = cls.build(*sizes, decoder, config["supervised"])
+            except Exception as error:  # a garbled configuration may raise anything, ZeroDivisionError included
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise CheckpointError(f"scaffold: {directory / SCAFFOLD_CONFIG} cannot be built ({reason})") from error
         try:
             missing, unknown = scaffold.load_state_dict(load_file(directory / SCAFFOLD_WEIGHTS), strict=False)
         except (OSError, RuntimeError, SafetensorError) as error:  # the second: of other shapes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from vitalrt.checkpoint import WeightFiles
 from vitalrt.config import read_json
@@ -42,7 +44,9 @@ class PatchEncoder(Protocol):
 def open_encoder(directory: str | os.PathLike[str], device: str | torch.device = "cpu") -> PatchEncoder:
     """Whichever of the two below the directory holds.  Raises CheckpointError where it holds neither."""
     path = Path(directory)
-    is_backbone = (path / "config.json").is_file() and read_json(path / "config.json").get("model_type") == _BACKBONE
+    is_backbone = (path / "config.json").is_file() and read_json(path / "config.json", "encoder").get(
+        "model_type"
+    ) == _BACKBONE
     return BackboneEncoder(path, device) if is_backbone else VisionEncoder(path, device)
 
 
@@ -122,7 +126,17 @@ class VisionEncoder:
             raise CheckpointError(f"encoder: expected a SigLIP or CLIP model, got a {model_type!r} in {path}")
         self._processor = _image_processor(path)
         with _quiet_transformers():
-            whole = AutoModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+            try:
+                whole, loading = AutoModel.from_pretrained(
+                    path, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+                )
+            except (SafetensorError, RuntimeError) as error:  # the latter: of other shapes
+                reason = " ".join(str(error).split())
+                raise CheckpointError(f"encoder: the weights in {path} cannot be read ({reason})") from error
+        tower = [name for name in loading["missing_keys"] if "text_model." not in name]
+        lacking = sorted(name for name in tower if "encoder." in name or "embeddings." in name)  # what encode() runs
+        if lacking:
+            raise CheckpointError(f"encoder: {path} lacks {len(lacking)} tensors, the first is {lacking[0]}")
         self._model = getattr(whole, "vision_model", whole)
         self._model.eval().requires_grad_(False).to(device)
         config = self._model.config
@@ -145,6 +159,7 @@ class VisionEncoder:
             images=list(images),
             size={"height": self._image_side, "width": self._image_side},
             do_center_crop=False,
+            input_data_format="channels_last",
             return_tensors="pt",
         )["pixel_values"]
         last_block: list[torch.Tensor] = []
@@ -157,19 +172,23 @@ class VisionEncoder:
         return patches.unflatten(1, self.grid).float().cpu()
 
 
+_quiet_lock = threading.Lock()  # what is changed belongs to the whole process
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     from transformers.utils import logging
 
-    verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if shows_bars:
-            logging.enable_progress_bar()
+    with _quiet_lock:
+        verbosity, shows_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if shows_bars:
+                logging.enable_progress_bar()
 
 
 def _image_processor(path: Path) -> Any:

@@ -10,19 +10,14 @@ import torch
 from vitalrt.explain.roi_index import RoiIndex
 from vitalrt_training.data.tables import Tables
 
-MOST_REGIONS = 2048
-"""At d_v = 1152 that is 4.5 MiB beside the adapter."""
 
-
-def index_regions(tables: Tables, most: int = MOST_REGIONS) -> RoiIndex | None:
+def index_regions(tables: Tables, most: int) -> RoiIndex | None:
     """Each target of each training picture once, evenly spread over the table where there are more than `most`.
 
-    A label tells what the region shows and the modality; nothing leads back to a picture. None where the table has no
-    features.
+    A label tells what the region shows and the modality. None where there is nothing to index.
     """
     rows = tables.select("train")
-    column = tables.samples.data.column("roi_feature").combine_chunks()
-    rows = rows[column.is_valid().to_numpy(zero_copy_only=False)[rows]]
+    rows = rows[has_feature(tables, rows)]
     names = np.array(tables.samples.data.column("target_name").to_pylist(), dtype=object)[rows]
     seen: set[tuple[int, str]] = set()
     is_first = []
@@ -30,10 +25,10 @@ def index_regions(tables: Tables, most: int = MOST_REGIONS) -> RoiIndex | None:
         is_first.append(target not in seen)
         seen.add(target)
     rows = np.array(list(compress(rows, is_first)), dtype=np.int64)
-    if not len(rows):
-        return None
     if len(rows) > most:
         rows = rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
+    if not len(rows):
+        return None
     modalities = tables.images.data.column("modality").to_pylist()
     labels, features = [], []
     for row in rows.tolist():
@@ -41,3 +36,8 @@ def index_regions(tables: Tables, most: int = MOST_REGIONS) -> RoiIndex | None:
         labels.append(f"{sample['target_name']}, {modalities[int(tables.image_rows[row])]}")
         features.append(torch.tensor(sample["roi_feature"]))
     return RoiIndex(torch.stack(features).half(), labels, tables.encoder_id)
+
+
+def has_feature(tables: Tables, rows: np.ndarray) -> np.ndarray:
+    """bool, for each of these rows of the samples: whether it has a ROI feature."""
+    return tables.samples.data.column("roi_feature").is_valid().to_numpy(zero_copy_only=False)[rows]
