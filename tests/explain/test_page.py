@@ -6,6 +6,7 @@ import base64
 import io
 import os
 import re
+import warnings
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -118,7 +119,8 @@ def test_each_map_lies_on_its_picture(explanation):
 
 def test_a_map_that_is_the_same_everywhere_shows_nothing(explanation):
     step = replace(explanation.steps[0], heatmaps=(torch.full((2, 2), 0.5),))
-    assert Read(render(replace(explanation, steps=(step,)))).pixels(0)[..., 3].max() == 0
+    with warnings.catch_warnings(action="error"):
+        assert Read(render(replace(explanation, steps=(step,)))).pixels(0)[..., 3].max() == 0
 
 
 def test_texts_cannot_become_markup(explanation):
