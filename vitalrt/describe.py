@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from vitalrt.api import Model
+from vitalrt.checkpoint import Checkpoint
+from vitalrt.config import ENCODER, ROI_INDEX, SCAFFOLD_CONFIG, read_json
 from vitalrt.engine.cpu_decoder import why_not_cpu_decoder
 from vitalrt.engine.device_step import why_not_device_step
 from vitalrt.engine.request import RESEARCH_NOTICE
@@ -50,8 +52,23 @@ def describe_model(model: Model) -> dict[str, Any]:
         **({} if error is None else {"int8": f"relative error of latents {error}"}),
         "decoder": _shape(checkpoint.config.decoder, "num_hidden_layers", "hidden_size", "vocab_size"),
         "vision": _shape(checkpoint.config.vision, "depth", "hidden_size", "patch_size"),
+        "explanations": _explanations(checkpoint),
         "notice": RESEARCH_NOTICE,
     }
+
+
+def _explanations(checkpoint: Checkpoint) -> str:
+    """What Model.explain would show, by the files that lie there."""
+    directory = checkpoint.scaffold_directory
+    if not (directory / SCAFFOLD_CONFIG).is_file():
+        return "none: no scaffolding lies beside the weights"
+    supervised = read_json(directory / SCAFFOLD_CONFIG, "scaffold").get("supervised", [])
+    shown = ["words"] if "text" in supervised else []
+    if "visual" in supervised:
+        has_encoder = (directory / ENCODER).is_dir()
+        shown.append("heat maps" if has_encoder else f"heat maps, given {checkpoint.vital.encoder}")
+        shown += ["nearest regions"] if (directory / ROI_INDEX).is_file() else []
+    return "; ".join(shown) or "none: no loss supervised the latents"
 
 
 def _torch_engine(engine: Engine) -> dict[str, Any]:

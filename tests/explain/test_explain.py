@@ -20,6 +20,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import vitalrt
 from vitalrt.api import BUNDLED
+from vitalrt.describe import describe_model
 from vitalrt.errors import CheckpointError, InputError
 from vitalrt.explain import explainer
 from vitalrt.explain.roi_index import RoiIndex
@@ -221,6 +222,22 @@ def test_the_encoder_that_is_named_is_the_one_that_is_used(bundle, model, monkey
     set_json(good / "preprocessor_config.json", resample=2)
     with pytest.raises(CheckpointError, match="encoder: expected siglip-"):
         vitalrt.load(bundle, device="cpu").explain(DEMO, QUESTION, k=0, encoder=good)
+
+
+def test_info_tells_what_could_be_shown(bundle):
+    def told():
+        return describe_model(vitalrt.load(bundle, device="cpu"))["explanations"]
+
+    assert told() == "words; heat maps; nearest regions"
+    (bundle / "encoder").rename(bundle.parent / "elsewhere")
+    (bundle / "roi_index.safetensors").unlink()
+    assert told() == "words; heat maps, given siglip-8046c86211e896ff"
+    set_json(bundle / "scaffold.json", supervised=["text"])
+    assert told() == "words"
+    set_json(bundle / "scaffold.json", supervised=[])
+    assert told() == "none: no loss supervised the latents"
+    (bundle / "scaffold.json").unlink()
+    assert told() == "none: no scaffolding lies beside the weights"
 
 
 def test_another_encoder_or_index_is_refused(bundle):
