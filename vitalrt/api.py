@@ -235,21 +235,31 @@ class Model:
         return Decoding(k, request.max_new_tokens, request.temperature, request.top_p, request.top_k, request.seed)
 
     def _given_latents(self, latents: Sequence[torch.Tensor | None], steps: Sequence[int]) -> list[torch.Tensor | None]:
+        """Checked, in the dtype of the weights."""
         if isinstance(self.engine, OnnxEngine):
             raise VitalError("latents: expected none, got some for an ONNX export, which thinks in one graph")
         if not isinstance(latents, Sequence) or len(latents) != len(steps):
-            raise VitalError(f"latents: expected a list with one entry for each of the {len(steps)} prompts")
-        width = self.checkpoint.config.decoder.hidden_size
+            came = f"{len(latents)} of them" if isinstance(latents, Sequence) else type(latents).__name__
+            raise VitalError(
+                f"latents: expected a list with an entry or None for each of {len(steps)} prompts, got {came}"
+            )
+        weight = self.weights.decoder.embed.weight
+        found: list[torch.Tensor | None] = []
         for index, (given, k) in enumerate(zip(latents, steps, strict=True)):
             if given is None:
+                found.append(None)
                 continue
             came = f"{given.dtype} {list(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
-            is_float = isinstance(given, torch.Tensor) and given.is_floating_point()
-            if not is_float or given.ndim != 2 or given.shape[1] != width or len(given) > k:
-                raise VitalError(f"latents[{index}]: expected floats [at most {k}, {width}] or None, got {came}")
-            if not bool(given.isfinite().all()):
-                raise VitalError(f"latents[{index}]: expected finite numbers, got NaN or infinity")
-        return list(latents)
+            is_plain = isinstance(given, torch.Tensor) and given.is_floating_point() and given.layout == torch.strided
+            if not is_plain or given.ndim != 2 or given.shape[1] != weight.shape[1] or len(given) > k:
+                raise VitalError(
+                    f"latents[{index}]: expected floats [at most {k}, {weight.shape[1]}] or None, got {came}"
+                )
+            own = given.detach().to(weight)
+            found.append(own)
+            if not bool(own.isfinite().all()):
+                raise VitalError(f"latents[{index}]: expected finite numbers of {weight.dtype}, got NaN or infinity")
+        return found
 
     def _answers(
         self,

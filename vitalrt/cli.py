@@ -86,13 +86,19 @@ def explain(arguments: argparse.Namespace) -> None:
     names = ("k", "max_new_tokens", "temperature", "top_p", "top_k", "seed", "read")
     options = {name: getattr(request, name) for name in names}
     explanation = _load(arguments).explain(request.image, request.question, **options, encoder=arguments.encoder)
+    trouble = None
+    if arguments.out is not None:
+        try:
+            explanation.save(arguments.out)
+        except VitalError as error:  # told after the answer, which is not to be lost
+            trouble = error
     if arguments.json:
         print(json.dumps(_answer_record(request, explanation.answer) | explanation.as_dict()))
     else:
         _print_answer(request, explanation.answer)
         _print_steps(explanation)
-    if arguments.out is not None:  # last: where it cannot be written, the answer has been told
-        explanation.save(arguments.out)
+    if trouble is not None:
+        raise trouble
 
 
 def info(arguments: argparse.Namespace) -> None:
@@ -373,7 +379,9 @@ def _parser() -> argparse.ArgumentParser:
         "-k", type=int, action="append", help="latent steps, may be repeated; the last is reported in full"
     )
     verb.add_argument(
-        "--patch", action="store_true", help="also whether latents matter: answers when all but the last are others'"
+        "--patch",
+        action="store_true",
+        help="also whether latents matter: answers with others for all but the last, with the last -k (2 or more)",
     )
     _add_model(verb)
 

@@ -31,22 +31,39 @@ def test_its_own_thoughts_give_its_own_answer(tiny, prompts, count):
             torch.testing.assert_close(after.logits, before.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_anothers_are_fed_as_they_are(tiny, prompts):
+@pytest.mark.parametrize("count", [1, 3, K])
+def test_anothers_are_fed_as_they_are(tiny, count):
     """Against transformers without a cache: prompt, z_0, then what was given, and the rest thought from there."""
-    given = torch.randn(3, tiny.reference.config.text_config.hidden_size, generator=torch.Generator().manual_seed(0))
+    width = tiny.reference.config.text_config.hidden_size
+    given = torch.randn(count, width, generator=torch.Generator().manual_seed(0), requires_grad=True)
     prompt = tiny.prompt(2, num_text=11)  # of text alone: positions simply count
-    [answer] = tiny.model.run([prompt], k=K, max_new_tokens=1, return_logits=True, latents=[given])
+    [answer] = tiny.model.run([prompt], k=K, max_new_tokens=2, return_logits=True, latents=[given])
     language = tiny.reference.model.language_model
     with torch.inference_mode():
-        inputs = tiny.reference.model.get_input_embeddings()(prompt.input_ids[None])
+        embed = tiny.reference.model.get_input_embeddings()
+        inputs = embed(prompt.input_ids[None])
         thoughts = [language(inputs_embeds=inputs).last_hidden_state[0, -1], *given]
         while len(thoughts) < K + 1:
             fed = torch.cat((inputs, torch.stack(thoughts)[None]), dim=1)
             thoughts.append(language(inputs_embeds=fed).last_hidden_state[0, -1])
-        expected = tiny.reference.lm_head(thoughts[-1])
-    torch.testing.assert_close(answer.latents[:3], given)
-    torch.testing.assert_close(answer.latents[3:], torch.stack(thoughts[4:]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(answer.logits[0], expected, rtol=1e-4, atol=1e-4)
+        first = tiny.reference.lm_head(thoughts[-1])
+        fed = torch.cat((inputs, torch.stack(thoughts[:-1])[None], embed(first.argmax()[None, None])), dim=1)
+        second = tiny.reference.lm_head(language(inputs_embeds=fed).last_hidden_state[0, -1])
+    assert not answer.latents.requires_grad
+    torch.testing.assert_close(answer.latents[:count], given.detach())
+    torch.testing.assert_close(answer.latents[count:], torch.stack(thoughts[1:])[count:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(answer.logits, torch.stack((first, second)), rtol=1e-4, atol=1e-4)
+
+
+def test_other_dtypes_are_taken_as_the_weights(tiny, prompts):
+    """What a model in bf16 thought comes back as fp32, exactly."""
+    model = tiny.load(dtype="bfloat16")
+    own = model.run(prompts, k=K, max_new_tokens=NUM_TOKENS)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        given = [answer.latents.to(dtype) for answer in own]
+        again = model.run(prompts, k=K, max_new_tokens=NUM_TOKENS, latents=given)
+        assert [answer.token_ids for answer in again] == [answer.token_ids for answer in own]
+        assert all(torch.equal(one.latents, two.latents) for one, two in zip(again, own, strict=True))
 
 
 def test_nobody_else_gets_them(tiny, prompts):
@@ -65,13 +82,15 @@ def test_nobody_else_gets_them(tiny, prompts):
 @pytest.mark.parametrize(
     ("latents", "message"),
     [
-        ([None, None], "one entry for each of the 3 prompts"),
-        (torch.zeros(3, 2, 8), "one entry for each of the 3 prompts"),
+        ([None, None], "an entry or None for each of 3 prompts, got 2 of them"),
+        (torch.zeros(3, 2, 8), "an entry or None for each of 3 prompts, got Tensor"),
         ([None, torch.zeros(K + 1, 48), None], rf"latents\[1\]: expected floats \[at most {K}, 48\]"),
         ([torch.zeros(2, 47), None, None], r"latents\[0\]: .* got torch\.float32 \[2, 47\]"),
         ([torch.zeros(2, 48, dtype=torch.int64), None, None], r"latents\[0\]: .* got torch\.int64"),
         ([[[0.0] * 48], None, None], r"latents\[0\]: .* got list"),
         ([torch.full((1, 48), torch.nan), None, None], r"latents\[0\]: expected finite"),
+        ([torch.full((1, 48), 1e300, dtype=torch.float64), None, None], r"latents\[0\]: expected finite .*float32"),
+        ([torch.zeros(1, 48).to_sparse(), None, None], r"latents\[0\]: expected floats"),
     ],
 )
 def test_bad_latents_are_refused(tiny, prompts, latents, message):

@@ -32,11 +32,12 @@ class Shown(NamedTuple):
 
 
 class Question(NamedTuple):
-    """One of Shown's samples, with its own or another picture."""
+    """One of Shown's samples, with its own or another picture.  number: of its own."""
 
     picture: np.ndarray
     modality: str
     sample: Sample
+    number: int
 
 
 class Phantoms(Sequence[Shown]):
@@ -146,7 +147,7 @@ def questions_at_a_time(shown: Sequence[Shown], shift: int, title: str) -> Itera
         for index in range(first, min(first + PICTURES_AT_A_TIME, len(shown))):
             one = shown[index]
             picture = one.picture if shift == 0 else shown[(index + shift) % len(shown)].picture
-            asked += [Question(picture, one.modality, sample) for sample in one.samples]
+            asked += [Question(picture, one.modality, sample, index) for sample in one.samples]
         yield asked
 
 

@@ -1,8 +1,9 @@
 """Whether latents matter: what becomes of answers when z_1..z_{K-1} are not the question's own.
 
 The last latent is left to be thought, from what was given and with the prompt's keys and values in reach: the answer's
-first token is read from it, so another question's would bring its answer along, which OTHER_WHOLE shows. Answers that
-stay say that the steps before the last hold nothing the answer needs; answers that follow, that they carry it.
+first token is read from it, so another question's would bring its answer along, which LAST_TOO shows. z_0 stays too.
+Answers that stay say that what the latents know of this question is not needed; answers that follow, that it is used.
+Latents have much in common, which the mean keeps and zeros do not.
 
 N questions, K latent steps, d backbone width.
 """
@@ -10,7 +11,8 @@ N questions, K latent steps, d backbone width.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,19 +22,23 @@ from rich.table import Table
 from vitalrt.api import Model
 from vitalrt.engine.request import Answer
 from vitalrt.errors import VitalError
+from vitalrt.inputs.prompt import Prompt
 from vitalrt_training.data.phantom import Sample
-from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Question, Shown, normalise, questions_at_a_time
+from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Shown, normalise, questions_at_a_time
 
-OWN = "its own"
-OTHER_PICTURE = "another picture's"
-"""Of the same question about it."""
-OTHER_QUESTION = "another question's"
-"""Of the same type."""
-MEAN = "the mean"
-"""Of all questions, step by step."""
-NOISE = "noise"
-"""Normal, with the mean and deviation of all questions, step by step and feature by feature."""
-OTHER_WHOLE = "another's, the last too"
+OWN, MEAN, OTHER_PICTURE, OTHER_QUESTION = "own", "mean", "other_picture", "other_question"
+NOISE, ZEROS, LAST_TOO = "noise", "zeros", "other_picture_last_too"
+LATENTS = {
+    OWN: "its own",
+    MEAN: "the mean of all questions, step by step",
+    OTHER_PICTURE: "of the same question about another picture",
+    OTHER_QUESTION: "of another question of its type",
+    NOISE: "noise with the mean and deviation of all",
+    ZEROS: "zeros",
+    LAST_TOO: "of another picture, and its last latent too",
+}
+"""What stands for a question's own latents, the first K - 1 but for the last kind. The other question is about another
+picture, and of any type where its own has none."""
 
 Given = Callable[[int], torch.Tensor]
 """Of a question, by its number, the latents that stand for its own: [J, d]."""
@@ -41,30 +47,33 @@ Given = Callable[[int], torch.Tensor]
 def patch_latents(model: Model, shown: Sequence[Shown], k: int) -> dict[str, Any]:
     """Closed questions only, greedy, with k latent steps.
 
-    "latents" has for each kind of latents: accuracy, overall and by question type; unchanged, the share of answers that
-    are those with the question's own; follows, of the questions to which the two pictures get different answers, the
-    share that gets the other picture's (None where there are none).  Raises VitalError where there is nothing to patch.
+    "latents" has for each of LATENTS: accuracy, overall and by question type; unchanged, the share of answers that are
+    those with the question's own; follows, of the questions to which the two pictures get different answers, the share
+    that gets the other picture's (None where there are none).  Raises VitalError where there is nothing to patch, and
+    for an ONNX export.
     """
+    _ = model.weights  # raises for an ONNX export, before anything is asked
     if k < 2:
-        raise VitalError(f"k: expected at least 2 latent steps, as the last one is never patched, got {k}")
-    if len(shown) < 2:
-        raise VitalError(f"count: expected at least 2 pictures, got {len(shown)}")
+        raise VitalError(f"k: expected at least 2 latent steps, one to replace and one to think from it, got {k}")
     samples: list[Sample] = []
+    pictures: list[int] = []
     own: list[Answer] = []
     other: list[Answer] = []
-    for asked in questions_at_a_time(shown, 0, f"k={k}"):
-        samples += [one.sample for one in asked if one.sample.closed]
-        own += _run(model, asked, k)
-    if not samples:
-        raise VitalError("samples: expected some whose answers are compared word for word, got none")
-    for asked in questions_at_a_time(shown, 1, f"k={k}, another picture"):
-        other += _run(model, asked, k)
-    kinds = _kinds_of_latents(samples, own, other)
+    for prompts, closed, numbers in _closed_at_a_time(model, shown, 0, f"k={k}"):
+        samples += closed
+        pictures += numbers
+        own += model.run(prompts, k, MAX_ANSWER_TOKENS)
+    if len(set(pictures)) < 2:
+        raise VitalError(f"pictures: expected at least 2 with closed questions, got {len(set(pictures))}")
+    for prompts, _, _ in _closed_at_a_time(model, shown, 1, f"k={k}, another picture"):
+        other += model.run(prompts, k, MAX_ANSWER_TOKENS)
+    kinds = _kinds_of_latents(samples, pictures, own, other)
     found: dict[str, list[str]] = {kind: [] for kind in kinds}
-    for asked in questions_at_a_time(shown, 0, f"k={k}, other latents"):
+    for prompts, _, _ in _closed_at_a_time(model, shown, 0, f"k={k}, other latents"):
         for kind, given in kinds.items():
-            answers = _run(model, asked, k, given, first=len(found[kind]))
-            found[kind] += [answer.text for answer in answers]
+            first = len(found[kind])
+            latents = [given(first + n) for n in range(len(prompts))]
+            found[kind] += [answer.text for answer in model.run(prompts, k, MAX_ANSWER_TOKENS, latents=latents)]
     return {
         "k": k,
         "closed_questions": len(samples),
@@ -76,28 +85,35 @@ def patch_latents(model: Model, shown: Sequence[Shown], k: int) -> dict[str, Any
 def print_patched(report: dict[str, Any]) -> None:
     """report: of patch_latents."""
     console = Console()
+    questions = report["closed_questions"]
     console.print(
-        f"{report['closed_questions']:,} closed questions, k={report['k']}, answered with other latents for the first "
-        f"{report['k'] - 1}. {report['answers_that_differ']:,} have another answer about another picture."
+        f"{questions:,} closed questions, k={report['k']}, answered with other latents in place of the first "
+        f"{report['k'] - 1}; a point is {questions / 100:.1f} questions. {report['answers_that_differ']:,} have another"
+        " answer about another picture."
     )
-    table = Table("latents", "right", "as with its own", "as about the other")
+    table = Table("latents", "right", "unchanged", "the other's")
     for kind, one in report["latents"].items():
-        table.add_row(kind, *("" if share is None else f"{share:.1%}" for share in list(one.values())[:3]))
+        shares = (one["accuracy"], one["unchanged"], one["follows"])
+        table.add_row(LATENTS[kind], *("" if share is None else f"{share:.1%}" for share in shares))
     console.print(table)
 
 
-def _run(model: Model, asked: Sequence[Question], k: int, given: Given | None = None, first: int = 0) -> list[Answer]:
-    """Answers to the closed ones of a few questions.  first: the number of the first of these."""
-    closed = [one for one in asked if one.sample.closed]
-    prompts = [model.prepare(one.picture, one.sample.question) for one in closed]
-    latents = None if given is None else [given(first + n) for n in range(len(closed))]
-    return model.run(prompts, k, MAX_ANSWER_TOKENS, latents=latents)
+def _closed_at_a_time(
+    model: Model, shown: Sequence[Shown], shift: int, title: str
+) -> Iterator[tuple[list[Prompt], list[Sample], list[int]]]:
+    """Prompts, samples and numbers of pictures of closed questions.  shift, title: as in questions_at_a_time."""
+    for asked in questions_at_a_time(shown, shift, title):
+        closed = [one for one in asked if one.sample.closed]
+        prompts = [model.prepare(one.picture, one.sample.question) for one in closed]
+        yield prompts, [one.sample for one in closed], [one.number for one in closed]
 
 
-def _kinds_of_latents(samples: Sequence[Sample], own: Sequence[Answer], other: Sequence[Answer]) -> dict[str, Given]:
+def _kinds_of_latents(
+    samples: Sequence[Sample], pictures: Sequence[int], own: Sequence[Answer], other: Sequence[Answer]
+) -> dict[str, Given]:
     latents = torch.stack([answer.latents for answer in own])
     mean, deviation = latents.mean(dim=0), latents.std(dim=0)
-    donor = _next_of_type(samples)
+    donors = _donors(samples, pictures)
     generator = torch.Generator().manual_seed(0)
 
     def noise(_: int) -> torch.Tensor:
@@ -105,21 +121,25 @@ def _kinds_of_latents(samples: Sequence[Sample], own: Sequence[Answer], other: S
 
     return {
         OWN: lambda n: latents[n, :-1],
-        OTHER_PICTURE: lambda n: other[n].latents[:-1],
-        OTHER_QUESTION: lambda n: latents[donor[n], :-1],
         MEAN: lambda n: mean[:-1],
+        OTHER_PICTURE: lambda n: other[n].latents[:-1],
+        OTHER_QUESTION: lambda n: latents[donors[n], :-1],
         NOISE: noise,
-        OTHER_WHOLE: lambda n: other[n].latents,
+        ZEROS: lambda n: torch.zeros_like(mean[:-1]),
+        LAST_TOO: lambda n: other[n].latents,
     }
 
 
-def _next_of_type(samples: Sequence[Sample]) -> list[int]:
-    """For each question the next one of its type; the first for the last."""
-    numbers: defaultdict[str, list[int]] = defaultdict(list)
+def _donors(samples: Sequence[Sample], pictures: Sequence[int]) -> list[int]:
+    """For each question the next one, round and round, about another picture: of its type where there is one."""
+    donors = []
     for number, sample in enumerate(samples):
-        numbers[sample.question_type].append(number)
-    following = {a: b for of_type in numbers.values() for a, b in zip(of_type, of_type[1:] + of_type[:1], strict=True)}
-    return [following[number] for number in range(len(samples))]
+        following = chain(range(number + 1, len(samples)), range(number))
+        elsewhere = (n for n in following if pictures[n] != pictures[number])
+        first = next(elsewhere)
+        of_type = (n for n in chain([first], elsewhere) if samples[n].question_type == sample.question_type)
+        donors.append(next(of_type, first))
+    return donors
 
 
 def _outcome(

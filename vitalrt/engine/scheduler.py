@@ -101,8 +101,8 @@ class Engine:
     ) -> Sequence:
         """Queue a request.  Raises InputError or CapacityError before any work is done.
 
-        latents: z_1, z_2, .. [at most K, d], to be taken for its own. Such a request shares no pages: what it comes to
-        think is not what its prompt leads to.
+        latents: z_1, z_2, .. [at most K, d], in dtype and on the device of the weights, to be taken for its own. Such a
+        request shares no pages: what it comes to think is not what its prompt leads to.
         """
         terms = terms or Terms()
         config = self.model.config
@@ -111,7 +111,7 @@ class Engine:
         namespace = _namespace(terms.cache_salt)
         images = images_of(prompt, namespace, config.image_token_id)
         key = None
-        given = () if latents is None else tuple(latents.to(self.cache.k))
+        given = () if latents is None else tuple(latents)
         if self.config.prefix_cache and not given:
             key = PrefixKey.of_prompt(namespace, prompt, config).then_latents(decoding.k)
         sequence = Sequence(prompt, positions, next_position, decoding, terms, key, images, given)

@@ -105,9 +105,8 @@ class Sequence:
 
     @property
     def num_foreseen(self) -> int:
-        """Its inputs that are known, and z_0 with the given thoughts, which are as soon as the prompt has been fed."""
-        soon = min(1 + len(self.given), self.decoding.k) if self.given else 0
-        return max(self.num_known, self.prompt.num_tokens + soon)
+        """Its inputs that are known, and given thoughts, which are as soon as the prompt has been fed."""
+        return max(self.num_known, self.prompt.num_tokens + len(self.given))
 
     @property
     def is_behind(self) -> bool:
