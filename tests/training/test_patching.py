@@ -104,20 +104,22 @@ def test_shares_are_of_the_questions_they_are_told_to_be_of():
     assert report["answers_that_differ"] == 8
     other = report["latents"][OTHER_PICTURE]
     assert (other["unchanged"], other["follows"]) == (0.2, 1.0)
+    staying = patch_latents(Known(follows_latents=False), pictures, K)["latents"][OTHER_PICTURE]
+    assert (staying["unchanged"], staying["follows"]) == (1.0, 0.0)
     assert report["latents"][OWN]["accuracy"] == 0.8
     assert report["latents"][OWN]["by_type"] == {"location": 0.8, "yesno": 0.8}
 
 
 def test_the_donor_is_about_another_picture_and_of_the_type_where_there_is_one():
     pictures = shown(3)
-    alone = pictures[1].samples[2]
-    pictures[1].samples[2] = Sample("7", alone.answer, "rare", "t", "organ", ("a",), closed=True)
+    pictures[0].samples[2] = Sample("2", "number 0", "yesno", "t", "organ", ("a",), closed=True)  # the second of a type
+    pictures[1].samples[2] = Sample("7", "number 1", "rare", "t", "organ", ("a",), closed=True)
     known = Known(follows_latents=True)
     patch_latents(known, pictures, K)
     given = torch.stack([one[0, :2] for one in known.given if len(one) == K - 1])
     kinds = given.view(len(LATENTS) - 1, 6, 2)  # the last kind gives all K; one part, so kinds follow each other
     donors = kinds[list(LATENTS).index(OTHER_QUESTION)].tolist()  # picture and question
-    assert donors == [[1, 1], [2, 2], [2, 1], [2, 1], [0, 1], [0, 2]]
+    assert donors == [[1, 1], [1, 1], [2, 1], [2, 1], [0, 1], [0, 1]]
 
 
 def test_noise_is_of_the_latents_mean_and_deviation_step_by_step():
