@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 import vitalrt
-from bench.files import commit, replace_whole
+from bench.files import commit
 from vitalrt import Prompt, latency
 from vitalrt.api import Model
 from vitalrt.engine.request import Decoding
+from vitalrt.files import replace_whole
 from vitalrt.latency import Spread, rounded
 
 CONTEXT = 60

@@ -22,11 +22,12 @@ from rich.table import Table
 
 import vitalrt
 from bench.bench_latency import ReplayClock
-from bench.files import commit, replace_whole
+from bench.files import commit
 from bench.onnx_accuracy import INT8, environment, exports
 from vitalrt.api import Model
 from vitalrt.describe import describe_model
 from vitalrt.export.runtime import OnnxEngine
+from vitalrt.files import replace_whole
 from vitalrt.latency import MAX_NEW_TOKENS, Contender, Row, Thought, interleave, record, rounded, speedup
 
 THOUGHTS = tuple(Thought(latent_steps=k) for k in (0, 1, 2, 4, 8))

@@ -26,9 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 import vitalrt
-from bench.report import commit, replace_whole
+from bench.report import commit
 from vitalrt import Terms, latency
 from vitalrt.api import Model
+from vitalrt.files import replace_whole
 from vitalrt.latency import Spread, rounded
 from vitalrt_training.data.phantom import Phantom, ask, draw_phantom
 

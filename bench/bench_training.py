@@ -29,9 +29,10 @@ from transformers import AutoTokenizer, DynamicCache, Qwen3VLConfig, Qwen3VLForC
 
 import vitalrt
 from bench.bench_latency import ReplayClock
-from bench.files import commit, replace_whole
+from bench.files import commit
 from vitalrt import latency
 from vitalrt.api import BUNDLED
+from vitalrt.files import replace_whole
 from vitalrt.latency import rounded
 from vitalrt.spread import Spread
 from vitalrt_training.adapter import AdapterConfig, attach_adapter

@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 import vitalrt
-from bench.files import commit, replace_whole
+from bench.files import commit
 from vitalrt import latency
 from vitalrt.api import BUNDLED, Model
 from vitalrt.config import ENCODER, ROI_INDEX
@@ -37,10 +37,12 @@ from vitalrt.engine.request import Answer, Request
 from vitalrt.explain.roi_index import RoiIndex
 from vitalrt.explain.text_window import read_words
 from vitalrt.explain.visual_window import aim, heatmaps
+from vitalrt.files import replace_whole
 from vitalrt.model.scaffold import Scaffold
 from vitalrt.model.vision_encoder import PatchEncoder, open_encoder
 from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
-from vitalrt_training.data.roi import phantom_mask, roi_features
+from vitalrt_training.data.roi import peaks_within, phantom_mask, roi_features
+from vitalrt_training.data.roi_index import label_of
 from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, normalise
 
 PHANTOMS_AT_A_TIME = 16
@@ -174,7 +176,7 @@ def aim_all(windows: Windows, one: Asked) -> tuple[list[Hits], list[Hits]]:
     )
     [maps] = heatmaps(windows.encoder, [one.phantom.image], aims)
     inside = [peaks_within(heatmap, mask) for heatmap in maps]
-    label = f"{one.sample.target_name}, {one.phantom.modality}"
+    label = label_of(one.sample.target_name, one.phantom.modality)
     alike = [found.label == label for [found] in windows.index.nearest(aims, 1)]
     share = windows.index.labels.count(label) / len(windows.index.labels)
     kind, right = one.sample.question_type, is_right(one)
@@ -182,13 +184,6 @@ def aim_all(windows: Windows, one: Asked) -> tuple[list[Hits], list[Hits]]:
         [Hits(kind, right, inside[:K], inside[K : 2 * K], float(mask.mean()), inside[-1])],
         [Hits(kind, right, alike[:K], alike[K : 2 * K], share, alike[-1])],
     )
-
-
-def peaks_within(heatmap: torch.Tensor, mask: np.ndarray) -> bool:
-    """Whether the middle of the greatest patch of [R, C] lies in a mask [H, W]."""
-    row, column = divmod(int(heatmap.argmax()), heatmap.shape[1])
-    height, width = mask.shape
-    return bool(mask[int((row + 0.5) * height / heatmap.shape[0]), int((column + 0.5) * width / heatmap.shape[1])])
 
 
 def is_right(one: Asked) -> bool:

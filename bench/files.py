@@ -1,14 +1,11 @@
-"""What benchmarks share: which sources a result is of, files there whole or not at all, how to run uninstalled."""
+"""What benchmarks share: which sources a result is of, how to run uninstalled."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import subprocess
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("bench", "kernels", "training", "vitalrt")
@@ -36,17 +33,3 @@ def from_checkout() -> dict[str, str]:
     """Environment of a Python that finds a checkout's sources, which nobody has installed."""
     folders = [str(ROOT / name) for name in ("", "kernels", "training")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}
-
-
-def replace_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside the target and rename, so that nobody ever finds half a file."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
-    try:
-        write(partial)
-        partial.chmod(0o644)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

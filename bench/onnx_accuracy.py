@@ -24,11 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 import vitalrt
-from bench.files import commit, replace_whole
+from bench.files import commit
 from vitalrt import export, latency
 from vitalrt.api import BUNDLED, Model
 from vitalrt.config import read_json
 from vitalrt.export.sessions import MANIFEST
+from vitalrt.files import replace_whole
 from vitalrt_training.evaluate import Outcome, Phantoms, accuracy, ask_all
 
 INT8 = {"fp32": False, "int8": True}  # the exports, by name

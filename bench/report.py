@@ -13,8 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from bench.files import commit, replace_whole
+from bench.files import commit
 from bench.peers import ENGINE as PEER
+from vitalrt.files import replace_whole
 from vitalrt.latency import ENGINE, LATENT, WRITTEN, Row, Thought, record, rounded, speedup, table
 from vitalrt.spread import Spread
 

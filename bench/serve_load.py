@@ -27,10 +27,11 @@ import torch
 from rich.console import Console
 
 import vitalrt
-from bench.report import commit, replace_whole
+from bench.report import commit
 from bench.serve_process import Served, served
 from bench.serve_visits import KINDS, Load, Visit, wrong_answers
 from vitalrt import latency
+from vitalrt.files import replace_whole
 
 RESULT = Path(__file__).parent / "results" / "serve-load.json"
 CACHE_TOKENS = 8192

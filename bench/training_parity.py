@@ -27,8 +27,9 @@ from rich.progress import track
 from transformers import Qwen3VLForConditionalGeneration
 
 import vitalrt
-from bench.files import commit, replace_whole
+from bench.files import commit
 from vitalrt import latency
+from vitalrt.files import replace_whole
 from vitalrt_training.data.batches import Asked, Batch, Collator, Tokens, pad_targets
 from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Phantoms, Shown
 from vitalrt_training.latent_loop import run_loop

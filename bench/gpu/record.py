@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.files import replace_whole
+from vitalrt.files import replace_whole
 
 GRACE_S = 20.0  # a section that is over its time by this waits for a device that will not answer
 

@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from bench.files import replace_whole
+from vitalrt.files import replace_whole
 
 COLOURS = {
     "vitalrt": "#1f6f8b",

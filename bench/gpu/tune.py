@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.files import replace_whole
 from bench.gpu.ours import Ours
 from bench.gpu.record import Record, in_short
 from bench.gpu.shapes import BenchPrompt, prompt_of
 from bench.gpu.timing import time_ms
 from vitalrt.engine.device_step import StepWeights
 from vitalrt.engine.graphs import StepGraphs
+from vitalrt.files import replace_whole
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt_kernels import Int8Weight, Norm, new_tickets, quantise_int8
 from vitalrt_kernels.linear_decode import MAX_ROWS, linear_cublas

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import vitalrt
-from bench.explanations import Hits, K, Windows, aim_all, ask_all, is_right, main, peaks_within, summary
+from bench.explanations import Hits, K, Windows, aim_all, ask_all, is_right, main, summary
 from vitalrt.api import BUNDLED
 from vitalrt.engine.request import Request
 from vitalrt.explain.visual_window import aim, heatmaps
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.data.phantom import draw_phantom
-from vitalrt_training.data.roi import phantom_mask, roi_features
+from vitalrt_training.data.roi import peaks_within, phantom_mask, roi_features
 
 
 def measure(tmp_path, *arguments):

@@ -202,6 +202,13 @@ def test_the_bundled_model_answers_as_on_the_cpu(tmp_path: Path, monkeypatch) ->
     outcome = record.results["product"]
     assert outcome["status"] == "done" and outcome["same_alone"] == outcome["questions"] == 24
     assert outcome["same_words"] == outcome["steps"] == 16 and outcome["largest_heatmap_error"] < 1e-4
+    explained = product._explained
+    for changed in ({"same_words": 15}, {"largest_heatmap_error": 0.1}):
+        monkeypatch.setattr(product, "_explained", lambda *of, changed=changed: explained(*of) | changed)
+        record.results.clear()
+        record.run([section])
+        assert record.results["product"]["status"] == "failed"
+    monkeypatch.setattr(product, "_explained", explained)
     load = vitalrt.load
 
     def load_another(device: object, dtype: str = "auto") -> vitalrt.Model:

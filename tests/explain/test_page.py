@@ -169,7 +169,7 @@ def test_saving_replaces_whole_and_leaves_no_trace_of_a_failure(explanation, tmp
     assert explanation.save(path) == path
     assert path.read_text(encoding="utf-8") == render(explanation)
     assert path.stat().st_mode & 0o077 == 0  # patients' pictures are for who asked
-    monkeypatch.setattr("vitalrt.explain.page.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
+    monkeypatch.setattr("vitalrt.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "no space")))
     with pytest.raises(VitalError, match=r"path: .*page\.html cannot be written \(no space\)"):
         replace(explanation, question="other").save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]

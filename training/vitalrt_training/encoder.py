@@ -28,7 +28,7 @@ from vitalrt.model.vision_encoder import VisionEncoder
 from vitalrt_training.data import teacher
 from vitalrt_training.data.modalities import KINDS
 from vitalrt_training.data.phantom import MODALITIES, Phantom, Target, draw_phantom
-from vitalrt_training.data.roi import phantom_mask, roi_features, square_crop
+from vitalrt_training.data.roi import peaks_within, phantom_mask, roi_features, square_crop
 from vitalrt_training.optimizing import cosine_rate, new_adamw, update
 from vitalrt_training.run_files import (
     claim_directory,
@@ -214,9 +214,7 @@ def judge_encoder(encoder: VisionEncoder, seed: int, num_phantoms: int) -> dict[
     hits = []
     for feature, (image, mask) in zip(features, pairs, strict=True):
         similarity = normalize(encoder.encode([image])[0], dim=-1) @ feature
-        row, column = divmod(int(similarity.argmax()), encoder.grid[1])
-        height, width = mask.shape
-        hits.append(mask[int((row + 0.5) * height / encoder.grid[0]), int((column + 0.5) * width / encoder.grid[1])])
+        hits.append(peaks_within(similarity, mask))
     return {
         "retrieval": float((names[nearest] == names).mean()),
         "retrieval_chance": float(alike.sum() / others.sum()),

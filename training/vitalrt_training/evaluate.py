@@ -95,15 +95,15 @@ def normalise(text: str) -> str:
     return " ".join(text.lower().split())
 
 
-def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int] | None) -> dict[str, Any]:
-    """Exact-match accuracy on closed questions, for each k of `steps` (None: the checkpoint's default).
+def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int]) -> dict[str, Any]:
+    """Exact-match accuracy on closed questions, for each k of `steps`, at least one.
 
     The last k is reported per question type, modality and chain length, beside the share of the most common answer of
     each type, and once more with every question asked about the next picture ("shuffled").
     """
     if len(shown) < 2:
         raise VitalError(f"count: expected at least 2 pictures, got {len(shown)}")
-    ks = list(steps) if steps else [model.checkpoint.vital.k]
+    ks = list(steps)
     by_k = {}
     for k in ks:
         outcomes = list(ask_all(model, shown, k, shift=0))

@@ -24,7 +24,7 @@ from vitalrt.explain.roi_index import Neighbour, RoiIndex
 from vitalrt.explain.text_window import Words, end_ids, read_words
 from vitalrt.explain.visual_window import aim, heatmaps
 from vitalrt.model.scaffold import Scaffold
-from vitalrt.model.vision_encoder import PatchEncoder, open_encoder
+from vitalrt.model.vision_encoder import PatchEncoder, open_encoder, require_id
 
 NUM_NEIGHBOURS = 5
 
@@ -71,10 +71,8 @@ class Explainer:
             raise VitalError(f"encoder: expected a directory, got {directory!r}") from error
         with self._one_at_a_time:
             if self._encoder is None or self._encoder[0] != path:
-                encoder, expected = open_encoder(path, self._device), self._checkpoint.vital.encoder
-                if encoder.id != expected:
-                    aims_at = f"{expected}, whose features the projector was trained for" if expected else "none"
-                    raise CheckpointError(f"encoder: expected {aims_at}, got {encoder.id}")
+                encoder = open_encoder(path, self._device)
+                require_id(encoder, self._checkpoint.vital.encoder)
                 self._encoder = path, encoder
             return self._encoder[1]
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from PIL import Image
 
 from vitalrt.errors import VitalError
 from vitalrt.explain.visual_window import peak_of
+from vitalrt.files import replace_whole
 
 if TYPE_CHECKING:
     from vitalrt.explain.explanation import Explanation, Step
@@ -28,6 +28,8 @@ LONGEST_SIDE = 768  # pixels of a picture on the page
 HEAT_COLOURS = ((0, 0, 4), (81, 18, 124), (183, 55, 121), (252, 137, 97), (252, 253, 191))
 """Matplotlib's magma at equal distances: dark to light for every eye."""
 MOST_OPAQUE = 0.75
+OWNER_ONLY = 0o600
+"""Permissions of a page, which is as confidential as its picture."""
 
 
 def write_page(explanation: Explanation, path: str | os.PathLike[str]) -> Path:
@@ -37,15 +39,7 @@ def write_page(explanation: Explanation, path: str | os.PathLike[str]) -> Path:
         target = Path(path).resolve()  # a link stays one
         if target.exists() and not target.is_file():
             raise VitalError(f"path: expected an ordinary file, or none yet, got {str(path)!r}")
-        # Readable by its owner alone: it is confidential.
-        descriptor, partial = tempfile.mkstemp(prefix=".page-", dir=target.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(html)
-            os.replace(partial, target)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        replace_whole(target, lambda partial: partial.write_text(html, encoding="utf-8"), OWNER_ONLY)
     except VitalError:
         raise
     except (TypeError, ValueError) as error:  # no path at all, or with a null byte

@@ -28,7 +28,7 @@ class Neighbour:
 
 @dataclass(frozen=True, eq=False)
 class RoiIndex:
-    """features: float16 [N, v], unit norm.  labels: of each, what it shows ("cyst, Ultrasound"), and not of whom.
+    """features: float16 [N, v], unit norm.  labels: of each, what it shows ("cyst, ultrasound"), and not of whom.
     encoder_id: whose features they are."""
 
     features: torch.Tensor

@@ -15,7 +15,7 @@ from vitalrt.errors import CheckpointError
 from vitalrt.model.scaffold import Scaffold
 
 MAX_TOKENS = 64
-LATENTS_AT_A_TIME = 4  # of which all logits are held, half a gigabyte with a vocabulary of 150,000
+LATENTS_AT_A_TIME = 4  # of which all logits are held: 156 MB with a vocabulary of 151,936
 CUT = "…"
 
 

@@ -12,9 +12,8 @@ from safetensors.torch import save_file
 
 from vitalrt.checkpoint import Checkpoint, LoraAdapter, resolve
 from vitalrt.config import ENCODER, SCAFFOLD_FILES, VitalConfig
-from vitalrt.errors import CheckpointError
 from vitalrt.export.directory import building, require_empty
-from vitalrt.model.vision_encoder import VisionEncoder
+from vitalrt.model.vision_encoder import VisionEncoder, require_id
 
 
 def merged(
@@ -51,10 +50,7 @@ def merged(
 
 
 def _encoder_files(directory: Path, vital: VitalConfig) -> list[Path]:
-    found = VisionEncoder(directory).id
-    if found != vital.encoder:
-        aims_at = vital.encoder or "none"
-        raise CheckpointError(f"encoder: expected {aims_at}, whose features the adapter was trained for, got {found}")
+    require_id(VisionEncoder(directory), vital.encoder)
     return [path for path in sorted(directory.iterdir()) if path.is_file()]
 
 

@@ -50,6 +50,13 @@ def open_encoder(directory: str | os.PathLike[str], device: str | torch.device =
     return BackboneEncoder(path, device) if is_backbone else VisionEncoder(path, device)
 
 
+def require_id(encoder: PatchEncoder, expected: str) -> None:
+    """expected: of vital.json, "" for none.  Raises CheckpointError where the encoder is another."""
+    if encoder.id != expected:
+        aims_at = f"{expected}, whose features the projector was trained for" if expected else "none"
+        raise CheckpointError(f"encoder: expected {aims_at}, got {encoder.id}")
+
+
 class BackboneEncoder:
     """A Qwen3-VL's own vision tower: the output of its last block, before patches are merged to visual tokens.
 

@@ -131,6 +131,15 @@ def phantom_mask(phantom: Phantom, name: str) -> np.ndarray | None:
     return np.logical_or.reduce(masks) if masks else None
 
 
+def peaks_within(similarity: torch.Tensor, mask: np.ndarray) -> bool:
+    """Whether the middle of the greatest patch of [R, C] lies in a mask [H, W]."""
+    row, column = divmod(int(similarity.argmax()), similarity.shape[1])
+    height, width = mask.shape
+    return bool(
+        mask[int((row + 0.5) * height / similarity.shape[0]), int((column + 0.5) * width / similarity.shape[1])]
+    )
+
+
 def _view(image: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray | None, Crop]:
     """What to encode, and the mask to pool over: None where every patch of content counts."""
     if mask.mean() >= FULL_IMAGE_AREA:

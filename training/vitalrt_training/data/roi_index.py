@@ -14,7 +14,7 @@ from vitalrt_training.data.tables import Tables
 def index_regions(tables: Tables, most: int) -> RoiIndex | None:
     """Each target of each training picture once, evenly spread over the table where there are more than `most`.
 
-    A label tells what the region shows and the modality. None where there is nothing to index.
+    None where there is nothing to index.
     """
     rows = tables.select("train")
     rows = rows[has_feature(tables, rows)]
@@ -33,9 +33,14 @@ def index_regions(tables: Tables, most: int) -> RoiIndex | None:
     labels, features = [], []
     for row in rows.tolist():
         sample = tables.samples[row]
-        labels.append(f"{sample['target_name']}, {modalities[int(tables.image_rows[row])]}")
+        labels.append(label_of(sample["target_name"], modalities[int(tables.image_rows[row])]))
         features.append(torch.tensor(sample["roi_feature"]))
     return RoiIndex(torch.stack(features).half(), labels, tables.encoder_id)
+
+
+def label_of(target_name: str, modality: str) -> str:
+    """What the index says of a region."""
+    return f"{target_name}, {modality}"
 
 
 def has_feature(tables: Tables, rows: np.ndarray) -> np.ndarray:
