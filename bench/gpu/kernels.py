@@ -6,22 +6,13 @@ so that each launch reads them from memory and not from L2.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.files import from_checkout
-from bench.gpu.record import Record, SkippedError, in_short
+from bench.gpu.record import Record, in_short
 from bench.gpu.timing import replayed_us
 from vitalrt.model.qwen3_vl import Qwen3VL
 from vitalrt.model_cost import Card
@@ -49,71 +40,7 @@ from vitalrt_kernels.norm_rope_append import norm_rope_append_reference
 from vitalrt_kernels.paged_attention import paged_attention_reference
 from vitalrt_kernels.rms_norm import rms_norm_reference
 
-ROOT = Path(__file__).parents[2]
 PAGE, CONTEXT = 16, 1000
-
-
-def run_tests(record: Record) -> dict[str, Any]:
-    """a: the kernels' own tests, on this device: float64 references, dtypes, odd sizes, gradients."""
-    select = ["-k", "float32 or bfloat16 or dtype0 or dtype2"] if record.quick else []
-    processes = max(1, min(12, (os.cpu_count() or 2) - 1))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "verdicts.jsonl"
-        command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "--ignore=tests/kernels/test_aot.py"]
-        command += ["--ignore=tests/kernels/test_ptx.py", "-p", "bench.gpu.verdicts", f"--verdicts={path}"]
-        command += [*(["-n", str(processes)] if _has_xdist() else []), *select]
-        said, over = "", None
-        try:
-            said = _run(command, record.seconds_left - 4)
-        except TimeoutError as error:
-            over = error
-        if not path.is_file():
-            raise over or RuntimeError(f"pytest came to no verdict: {said[-400:]}")
-        verdicts = [json.loads(line) for line in path.read_text().splitlines()]
-    counted = Counter(verdict["outcome"] for verdict in verdicts)
-    failed = [verdict for verdict in verdicts if verdict["outcome"] == "failed"]
-    device = "CUDA device" if torch.cuda.is_available() else "Triton's interpreter"
-    outcome = {"on": device, "passed": counted["passed"], "skipped": counted["skipped"], "failed": failed}
-    record.tell("tests", **outcome)
-    if failed:
-        raise RuntimeError(f"{len(failed)} tests failed, the first is {failed[0]['test']}")
-    if over:
-        raise TimeoutError(f"{len(verdicts)} tests had ended before the time was over")
-    return outcome
-
-
-def run_sanitizer(record: Record) -> dict[str, Any]:
-    """a: one case of every kernel under compute-sanitizer, where it is installed."""
-    program = shutil.which("compute-sanitizer")
-    if not torch.cuda.is_available() or program is None:
-        raise SkippedError("no CUDA device" if program else "compute-sanitizer is not installed")
-    outcome: dict[str, Any] = {}
-    for tool in ("memcheck", "racecheck"):
-        command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "7"]
-        command += [sys.executable, "-m", "bench.gpu.sanitized"]
-        said = _run(command, min(record.seconds_left - 2, 60))
-        outcome[tool] = said[-300:]
-        record.tell("sanitizer", **outcome)
-        if "ERROR SUMMARY: 0 errors" not in said and "RACECHECK SUMMARY: 0 hazards" not in said:
-            raise RuntimeError(f"{tool}: {said[-300:]}")
-    return outcome
-
-
-def _run(command: Sequence[str], seconds: float) -> str:
-    """What it printed. Runs from the root of the checkout, with the sources' folders on the path."""
-    try:
-        finished = subprocess.run(
-            command, cwd=ROOT, env=from_checkout(), capture_output=True, text=True, timeout=max(1, seconds), check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{Path(command[0]).name} took more than {seconds:.0f} s") from error
-    return (finished.stdout + finished.stderr).strip()
-
-
-def _has_xdist() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("xdist") is not None
 
 
 @dataclass(frozen=True)

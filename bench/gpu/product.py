@@ -1,7 +1,7 @@
 """The product on this device: the bundled model's answers, alone, in a batch and explained, held to those on the CPU.
 
-Needs vitalrt built, as `pip install --no-build-isolation --no-deps .` builds it without a network; a checkout alone has
-no C++ core to keep pages with, and the section says so.
+Needs vitalrt built for this checkout, as `pip install --no-build-isolation --no-deps -e .` builds it without a network;
+a checkout alone has no C++ core to keep pages with, and the section says so.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXPLAINED = 4
 def measure(record: Record, device: torch.device) -> dict[str, Any]:
     """In fp32, where every token has to be the same; and how many answers are in the checkpoint's own dtype."""
     if importlib.util.find_spec("vitalrt._core") is None:
-        raise SkippedError("vitalrt is not built in this checkout: pip install --no-build-isolation --no-deps .")
+        raise SkippedError("vitalrt is not built for this checkout: pip install --no-build-isolation --no-deps -e .")
     from vitalrt_training.data.phantom import ask, draw_phantom  # whose packages a mere checkout need not have
 
     phantoms = [draw_phantom("test", seed=5, index=index) for index in range(PHANTOMS)]

@@ -103,7 +103,7 @@ def measure_requests(record: Record, contenders: Contenders, is_promised: bool) 
     def note(what: str, who: Any, function: Callable[[], Any], per: int = 1) -> None:
         times.setdefault((what, who.name), []).append(time_ms(function, device) / per)
 
-    for round_ in record.rounds(3 if record.quick else 15, reserve_s=0.25 * record.seconds_left):
+    for round_ in record.rounds(3 if record.quick else 5, reserve_s=0.25 * record.seconds_left):
         for who in contenders.all:
             who.begin(prompt, 4 * STEPS)
             note("latent step", who, lambda who=who: who.latent_steps(STEPS), STEPS)

@@ -202,11 +202,12 @@ def matrices(model: Qwen3VL, num_rows: int, as_int8: bool) -> Iterator[Matrix]:
 
 
 def write_table(card: str, entries: list[dict[str, Any]]) -> str:
-    """Into tuned.json, in place of what it had of this card. Returns its text."""
+    """Into tuned.json, in place of what it had of this card; nothing, where defaults are fastest. Returns its text."""
     table = json.loads(TABLE.read_text()) | {card: entries}
     cards = [
         f"{json.dumps(name)}: [\n" + ",\n".join(f"  {json.dumps(one)}" for one in of_card) + "\n ]"
         for name, of_card in table.items()
+        if of_card
     ]
     text = "{\n " + ",\n ".join(cards) + "\n}\n"
     replace_whole(TABLE, lambda path: path.write_text(text, encoding="utf-8"))

@@ -156,7 +156,7 @@ def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Pat
     wide, d = config.decoder.intermediate_size, config.decoder.hidden_size
     down, unknown = tuned.Shape(1, d, wide, "float32"), tuned.Shape(1, 7, 7, "bfloat16")
     old = [tuned.entry(unknown, good), tuned.entry(down, good)]
-    tuned.TABLE.write_text(json.dumps({"another": [], "card": old}))
+    tuned.TABLE.write_text(json.dumps({"another": old, "untouched": [], "card": old}))
     tuned.choices.cache_clear()
     model = random_model(config, torch.device("cpu"), torch.float32)
     captured: list[tuple[bool, dict[tuned.Shape, Any]]] = []
@@ -181,7 +181,8 @@ def test_the_fastest_tile_of_each_matrix_is_what_kernels_then_take(tmp_path: Pat
         assert "out of resource" in outcome["rows"][0]["failed"][str([*broken])]
         assert [answers for answers, _ in captured].count(True) == (5 + 2 + 4 + 2), "of heads, in steps that answer"
         tune.write_table("card", outcome["entries"])
-        assert json.loads(tuned.TABLE.read_text())["another"] == []
+        written = json.loads(tuned.TABLE.read_text())
+        assert written["another"] == old and "untouched" not in written, "no card of which nothing is said"
         tuned.choices.cache_clear()
         found = tuned.choices("card")
         assert found.pop(unknown) == good, "of a model that is not this one"
@@ -266,6 +267,44 @@ def test_steps_are_timed_with_what_the_table_says(monkeypatch: pytest.MonkeyPatc
         took = [timed(), timed()]
     assert min(took) > 0 and stepped == [(2, True)] * (1 + 2 * tune.STEPS)
     assert steps._ours.step.rows.lengths.tolist() == [length + tune.STEPS - 1 for length in before]
+
+
+RACE = """========= Error: Race reported between Read access at {0}+0x2e0
+=========     and Write access at {0}+0x3cf0 [16 hazards]
+"""
+
+
+@pytest.mark.parametrize(
+    ("memcheck", "racecheck", "reason"),
+    [
+        ("ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed", None),
+        ("ERROR SUMMARY: 0 errors", RACE.format("cudnn_sdpa_kernel0_0") + "RACECHECK SUMMARY: 1 hazard", None),
+        (
+            "ERROR SUMMARY: 0 errors",
+            RACE.format("void cut::f<int, 3>(T)") + RACE.format("_swiglu_kernel") * 2 + "RACECHECK SUMMARY: 3 hazards",
+            "{'_swiglu_kernel': 2}",
+        ),
+        ("ERROR SUMMARY: 0 errors", "no device", "no verdict"),
+        ("ERROR SUMMARY: 1 error", "RACECHECK SUMMARY: 0 hazards displayed", "memcheck"),
+    ],
+)
+def test_hazards_count_where_they_are_in_our_kernels(memcheck, racecheck, reason, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from bench.gpu import checks
+
+    program = tmp_path / "compute-sanitizer"
+    said = {"memcheck": memcheck, "racecheck": racecheck}
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint({said}[sys.argv[sys.argv.index('--tool') + 1]])\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    record = Record(tmp_path / "x.json", {}, Console(quiet=True), 60)
+    record.run([Section("sanitizer", checks.run_sanitizer, 50)])
+    outcome = record.results["sanitizer"]
+    assert outcome["status"] == ("failed" if reason else "done"), outcome
+    assert reason is None or reason in outcome["reason"]
+    if "cudnn" in racecheck:
+        assert outcome["racecheck"]["of libraries"] == {"cudnn_sdpa_kernel0_0": 1}
 
 
 @pytest.mark.gpu
