@@ -99,7 +99,7 @@ class Bench:
             Section("int8", needs(lambda r: int8.measure(r, self.model)), 40),
             Section("product", lambda r: product.measure(r, self.device), 60),
             Section("tests", checks.run_tests, 120),
-            Section("sanitizer", checks.run_sanitizer, 90),
+            Section("sanitizer", checks.run_sanitizer, 160),
             Section("tune", needs(lambda r: tune.measure(r, self.model)), 400),
         ]
 

@@ -65,11 +65,11 @@ def run_sanitizer(record: Record) -> dict[str, Any]:
         raise SkippedError("no CUDA device" if program else "compute-sanitizer is not installed")
     command = [program, "--print-limit", "0", "--report-api-errors", "no", "--tool"]
     target = [sys.executable, "-m", "bench.gpu.sanitized"]
-    said = _run([*command, "memcheck", *target], min(record.seconds_left - 2, 60))
+    said = _run([*command, "memcheck", *target], 0.5 * record.seconds_left)
     record.tell("sanitizer", memcheck=said[-300:])
     if "ERROR SUMMARY: 0 errors" not in said:
         raise RuntimeError(f"memcheck: {said[-2000:]}")
-    said = _run([*command, "racecheck", *target], min(record.seconds_left - 2, 60))
+    said = _run([*command, "racecheck", *target], record.seconds_left - 2)
     if "RACECHECK SUMMARY" not in said:
         raise RuntimeError(f"racecheck came to no verdict: {said[-2000:]}")
     ours, others = races_of(said, our_kernels())
