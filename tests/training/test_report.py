@@ -32,6 +32,7 @@ def evaluation(*ks):
         "accuracy": 0.825,
         "majority_accuracy": 0.3625,
         "by_k": dict.fromkeys(ks, 0.825),
+        "tokens_by_k": dict.fromkeys(ks, 3.25),
         "by_k_and_type": dict.fromkeys(ks, by_type),
         "by_type": by_type,
         "majority_of_type": {

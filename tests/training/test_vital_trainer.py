@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,121 +17,22 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
-from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, ByT5Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import ByT5Tokenizer
 
 import vitalrt
 from vitalrt.errors import VitalError
-from vitalrt.explain.roi_index import RoiIndex
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training import vital_trainer
-from vitalrt_training.adapter import AdapterConfig
-from vitalrt_training.backbone import TINY, generation_config, new_backbone, phantom_config, save_preprocessor
-from vitalrt_training.data.phantom import ask, draw_phantom
-from vitalrt_training.data.tables import IMAGES_SCHEMA, SAMPLES_SCHEMA, load_tables, write_rows
+from vitalrt_training.backbone import TINY
+from vitalrt_training.data.tables import load_tables
 from vitalrt_training.losses import IGNORED, LossConfig, Mean
 from vitalrt_training.paradigms import vital
 from vitalrt_training.plan import plan
-from vitalrt_training.recipes import vital_8b
-from vitalrt_training.tokenizer import save_tokenizer, train_tokenizer
 from vitalrt_training.vision_cache import VisionCacheConfig
 from vitalrt_training.vital_trainer import VitalRun, rows_of, train_vital
 
-FEATURE_WIDTH = 12
 ADAPTER = "adapter/adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    """Backbone, text decoder and tables of six phantoms; every fourth sample lacks its ROI feature."""
-    root = tmp_path_factory.mktemp("vital")
-    backbone, decoder, data = (root / name for name in ("backbone", "decoder", "data"))
-    for directory in (backbone, decoder, data):
-        directory.mkdir()
-    phantoms = [draw_phantom("train", 5, index) for index in range(6)]
-    samples = [sample for phantom in phantoms for sample in ask(phantom)]
-    tokenizer = train_tokenizer([t for s in samples for t in (s.question, s.answer, *s.chain)], 400)
-    for directory in (backbone, decoder):
-        save_tokenizer(tokenizer, directory)
-    save_preprocessor(backbone)
-    new_backbone(phantom_config(tokenizer), seed=0).save_pretrained(backbone)
-    generation_config(tokenizer).save_pretrained(backbone)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(1)
-    Qwen3ForCausalLM(config).save_pretrained(decoder)
-    write_tables(data, phantoms, "train")
-    return replace(
-        vital_8b(),
-        backbone=str(backbone),
-        text_decoder=str(decoder),
-        data=str(data),
-        feature_width=FEATURE_WIDTH,
-        adapter=AdapterConfig(rank=4, alpha=8, dropout=0.0),
-        schedule="two_phase",
-        epochs=(1.0, 1.0),
-        batch_size=4,
-        learning_rate=1e-3,
-        precision="no",
-        recompute=False,
-        checkpoint_every=2,
-    )
-
-
-def write_tables(folder, phantoms, *splits):
-    """splits: of the phantoms, the last one for the rest of them."""
-    rng = np.random.default_rng(0)
-    images, rows = [], []
-    for phantom, split in zip_longest(phantoms, splits, fillvalue=splits[-1]):
-        name = f"{phantom.index}.png"
-        Image.fromarray(phantom.image).save(folder / name)
-        images.append(
-            {
-                "id": name,
-                "path": name,
-                "sha256": "0",
-                "modality": phantom.modality,
-                "source": "phantom",
-                "split": split,
-                "volume_id": name,
-            }
-        )
-        for sample in ask(phantom):
-            feature = rng.normal(size=FEATURE_WIDTH)
-            rows.append(
-                {
-                    "id": f"s{len(rows)}",
-                    "image_id": name,
-                    "question": sample.question,
-                    "answer": sample.answer,
-                    "question_type": sample.question_type,
-                    "target_name": sample.target_name,
-                    "target_type": sample.target_type,
-                    "chain": list(sample.chain),
-                    "roi_feature": None if len(rows) % 4 == 0 else (feature / np.linalg.norm(feature)).tolist(),
-                    "encoder_id": "random",
-                    "provenance": "test",
-                }
-            )
-    write_rows(folder / "images.parquet", images, IMAGES_SCHEMA)
-    write_rows(folder / "samples.parquet", rows, SAMPLES_SCHEMA)
-
-
-@pytest.fixture(scope="module")
-def finished(recipe, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("run")
-    train_vital(recipe, run_dir)
-    return run_dir
 
 
 def read_log(run_dir):
@@ -190,107 +90,6 @@ def start_in_processes(recipe, folder, run_dir, processes, config=None):
         environment |= prepare_multi_gpu_env(_validate_launch_command(asked)[0])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.PIPE, text=True)
-
-
-def test_the_adapter_is_what_the_runtime_merges(recipe, finished):
-    """Latents and first-token logits of the training graph in eval mode equal the runtime's."""
-    run = VitalRun(recipe, finished, vital_trainer.Accelerator())
-    run.model.eval()
-    rows = list(range(5))
-    batch = run.collator.collate(rows)
-    with torch.no_grad():
-        loop = run.model.think(batch)
-    runtime = vitalrt.load(recipe.backbone, adapter=finished / "adapter", device="cpu")
-    samples = sorted((run.tables.samples[row] for row in rows), key=lambda s: batch.sample_ids.index(s["id"]))
-    row_of = {run.tables.samples[row]["id"]: row for row in rows}
-    prompts = [runtime.prepare(run.tables.read_picture(row_of[s["id"]]), s["question"]) for s in samples]
-    answers = runtime.run(prompts, k=batch.num_steps.tolist(), max_new_tokens=1, return_logits=True)
-    for n, answer in enumerate(answers):
-        torch.testing.assert_close(answer.logits[0], loop.logits[n, 0], rtol=1e-4, atol=1e-4)
-        own = torch.stack([latent[n, 0] for latent in loop.latents[: int(batch.num_steps[n])]])
-        torch.testing.assert_close(answer.latents, own, rtol=1e-4, atol=1e-4)
-
-
-def test_scaffolding_changes_nothing_about_the_deployed_model(recipe, finished):
-    with_scaffold = vitalrt.load(recipe.backbone, adapter=finished / "adapter", device="cpu")
-    assert Scaffold.load(finished / "adapter").projector.variant == "res_mlp_ln"
-    for name in ("scaffold.safetensors", "scaffold.json"):
-        (finished / "adapter" / name).rename(finished / name)
-    try:
-        without = vitalrt.load(recipe.backbone, adapter=finished / "adapter", device="cpu")
-    finally:
-        for name in ("scaffold.safetensors", "scaffold.json"):
-            (finished / name).rename(finished / "adapter" / name)
-    pairs = zip(with_scaffold.weights.named_parameters(), without.weights.named_parameters(), strict=True)
-    assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs)
-    prompt = vitalrt.Prompt([1, 2, 3])
-    answers = [model.run([prompt], k=2, max_new_tokens=4)[0] for model in (with_scaffold, without)]
-    assert answers[0].token_ids == answers[1].token_ids
-    assert torch.equal(answers[0].latents, answers[1].latents)
-
-
-def test_a_finished_run_can_be_explained(recipe, finished):
-    """Its text decoder has a tokenizer of its own, which goes along, and the token that ended every step it learnt."""
-    adapter = finished / "adapter"
-    tokenizer = AutoTokenizer.from_pretrained(recipe.text_decoder)
-    scaffold = Scaffold.load(adapter)
-    assert scaffold.supervised == ("text", "visual")
-    assert scaffold.text_decoder.config.eos_token_id == tokenizer.eos_token_id
-    assert (
-        Tokenizer.from_file(str(adapter / "scaffold_tokenizer.json")).to_str() == tokenizer.backend_tokenizer.to_str()
-    )
-    index = RoiIndex.load(adapter / "roi_index.safetensors")
-    phantoms = [draw_phantom("train", 5, number) for number in range(6)]
-    asked = {f"{sample.target_name}, {phantom.modality}" for phantom in phantoms for sample in ask(phantom)}
-    assert index.encoder_id == "random" and index.labels and set(index.labels) <= asked
-    explanation = vitalrt.load(recipe.backbone, adapter=adapter, device="cpu").explain(
-        phantoms[0].image, "Where is it?", k=2
-    )
-    assert [type(step.text) for step in explanation.steps] == [str, str]
-    assert explanation.steps[0].neighbours[0].label in index.labels
-    assert "random" in explanation.missing["pictures"]  # the encoder, which lies nowhere
-
-
-def test_scaffolding_tells_what_trained_it(recipe, tmp_path):
-    for name, changed, expected in (
-        ("words", {"losses": LossConfig(text_weight=1.0, visual_weight=0.0)}, ("text",)),
-        ("nothing", {"losses": LossConfig(text_weight=0.0, visual_weight=0.0)}, ()),
-        ("never thinks", {"k_weights": (1.0,)}, ()),
-    ):
-        settings = {"text_decoder": TINY, "schedule": "full_mix", "epochs": (0.2,), **changed}
-        directory = train_vital(replace(recipe, **settings), tmp_path / name)
-        assert Scaffold.load(directory).supervised == expected
-        assert not (directory / "scaffold_tokenizer.json").exists()  # the backbone's reads these words
-        assert not (directory / "roi_index.safetensors").exists()
-
-
-def test_only_training_samples_count_as_supervision(recipe, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    phantoms = [draw_phantom("train", 5, index) for index in range(4)]
-    write_tables(folder, phantoms, "validation", "validation", "train")
-    tables = load_tables(folder)
-    training = set(tables.select("train").tolist())
-    rows = [
-        sample | ({"roi_feature": None, "chain": []} if number in training else {})
-        for number, sample in enumerate(tables.samples)
-    ]
-    write_rows(folder / "samples.parquet", rows, SAMPLES_SCHEMA)
-    settings = {"text_decoder": TINY, "schedule": "full_mix", "epochs": (1.0,), "data": str(folder)}
-    assert Scaffold.load(train_vital(replace(recipe, **settings), tmp_path / "run")).supervised == ()
-    with pytest.raises(VitalError, match=r"epochs: expected at least one step in phase 1, got 0.01 of"):
-        train_vital(replace(recipe, **settings | {"epochs": (0.01,)}), tmp_path / "none")
-
-
-def test_an_index_may_be_smaller_or_stay_away(recipe, tmp_path):
-    settings = {"text_decoder": TINY, "schedule": "full_mix", "epochs": (0.2,)}
-    for count in (0, 3):
-        directory = train_vital(replace(recipe, indexed_regions=count, **settings), tmp_path / str(count))
-        path = directory / "roi_index.safetensors"
-        assert path.exists() == bool(count)
-    assert len(RoiIndex.load(path).labels) == 3
-    with pytest.raises(VitalError, match="indexed_regions: expected at least 0, got -1"):
-        replace(recipe, indexed_regions=-1)
 
 
 def test_a_tokenizer_that_cannot_go_along_is_refused_before_training(recipe, tmp_path, monkeypatch):
@@ -417,24 +216,6 @@ def test_questions_about_a_picture_share_a_batch(recipe, tmp_path):
         assert batches != [run._rows_of_step(rows, 1, step + steps, steps) for step in range(steps)]
 
 
-def test_a_finished_run_reports_on_the_validation_split(recipe, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    phantoms = [draw_phantom("train", 5, index) for index in range(7)]
-    write_tables(folder, phantoms, *["train"] * 5, "validation")
-    recipe = replace(recipe, data=str(folder), k_weights=(1.0, 1.0, 1.0), epochs=(0.3, 0.3))
-    train_vital(recipe, tmp_path / "run", trackers=["tensorboard"])
-    report = json.loads((tmp_path / "run" / "report" / "report.json").read_text())
-    assert report["variant"] == "VITAL"
-    assert set(report["evaluation"]["by_k"]) == {"0", "1", "2"}
-    assert (report["evaluation"]["split"], report["evaluation"]["pictures"]) == ("validation", 2)
-    asked = sum(sample.question_type != "describe" for phantom in phantoms[5:] for sample in ask(phantom))
-    assert report["evaluation"]["closed_questions"] == asked
-    assert np.diag(report["probes"]["cosine"]) == pytest.approx([1, 1])
-    assert set(report["probes"]["gradient_norms"]) == {"task", "text", "visual"}
-    assert list((tmp_path / "run" / "trackers").rglob("events.out.tfevents*"))
-
-
 def test_a_plan_counts_the_tables_samples_and_tokens(recipe):
     found = plan(recipe)
     tables = load_tables(recipe.data)
@@ -446,7 +227,7 @@ def test_a_plan_counts_the_tables_samples_and_tokens(recipe):
         answer = runtime.processor.tokenizer(sample["answer"])["input_ids"]
         prompt = runtime.prepare(tables.read_picture(row), sample["question"])
         lengths.append(prompt.num_tokens + len(sample["chain"]) + len(answer) + 1)
-    assert found.tokens_per_sample == pytest.approx(np.mean(lengths))
+    assert found.tokens_per_sample == pytest.approx([np.mean(lengths)] * 2)
 
 
 def test_recomputing_changes_no_gradient(recipe, tmp_path):

@@ -89,7 +89,7 @@ def tiny_decoder_config(backbone: Qwen3VLConfig) -> Qwen3Config:
         max_position_embeddings=256,
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
-        eos_token_id=text.eos_token_id,
+        eos_token_id=getattr(text, "eos_token_id", None),  # which a configuration from shapes alone lacks
         pad_token_id=text.pad_token_id,
     )
 

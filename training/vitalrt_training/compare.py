@@ -169,11 +169,11 @@ def _check_same_questions(evaluations: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _varies(name: str, settings: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether conditions have to be told apart by it: a weight of 0 is told by the variant already."""
+    """Whether conditions have to be told apart by it: a weight of 0, and written steps, are told by the variant."""
     values = [found.get(name) for found in settings]
     if name in LOSS_WEIGHTS:
         values = [value for value in values if value]
-    return name not in ("seed", "schedule") and any(value != values[0] for value in values)
+    return name not in ("seed", "schedule", "written") and any(value != values[0] for value in values)
 
 
 def _all_k(conditions: Sequence[Condition]) -> list[str]:

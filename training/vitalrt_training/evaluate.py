@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +18,10 @@ from vitalrt.engine.request import Request
 from vitalrt.errors import VitalError
 from vitalrt_training.data.phantom import Sample, ask, draw_phantom
 from vitalrt_training.data.tables import Tables
+from vitalrt_training.written import answer_of
 
 PICTURES_AT_A_TIME = 16
-MAX_ANSWER_TOKENS = 24
+MAX_ANSWER_TOKENS = 256  # a written thought included
 OPEN_TYPE = "describe"  # answered in a sentence; every other answer is compared word for word
 
 
@@ -80,15 +82,21 @@ class TablePictures(Sequence[Shown]):
 
 @dataclass(frozen=True)
 class Outcome:
-    """One question, and what was answered. k: latent steps used; the sample's own chain length is sample.num_steps."""
+    """One question, and what was written: num_tokens of it, a thought before the answer included."""
 
     sample: Sample
     modality: str
     text: str
+    num_tokens: int
 
     @property
     def is_right(self) -> bool:
-        return normalise(self.text) == normalise(self.sample.answer)
+        return is_right(self.text, self.sample)
+
+
+def is_right(text: str, sample: Sample) -> bool:
+    """Word for word, whatever thought is written before the answer."""
+    return normalise(answer_of(text)) == normalise(sample.answer)
 
 
 def normalise(text: str) -> str:
@@ -122,6 +130,7 @@ def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int]) -> dict
         "shuffled_accuracy": accuracy(shuffled),
         "describe_accuracy": accuracy([o for o in outcomes if not o.sample.closed]),
         "by_k": {k: accuracy(found) for k, found in by_k.items()},
+        "tokens_by_k": {k: fmean(outcome.num_tokens for outcome in found) for k, found in by_k.items()},
         "by_k_and_type": {k: group_accuracy(found, _type) for k, found in by_k.items()},
         "by_type": group_accuracy(closed, _type),
         "by_type_shuffled": group_accuracy(shuffled, _type),
@@ -136,7 +145,7 @@ def ask_all(model: Model, shown: Sequence[Shown], k: int, shift: int) -> Iterato
     for asked in questions_at_a_time(shown, shift, f"k={k}, shuffled" if shift else f"k={k}"):
         requests = [Request(one.picture, one.sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS) for one in asked]
         for one, answer in zip(asked, model.generate_batch(requests), strict=True):
-            yield Outcome(one.sample, one.modality, answer.text)
+            yield Outcome(one.sample, one.modality, answer.text, answer.usage.completion_tokens)
 
 
 def questions_at_a_time(shown: Sequence[Shown], shift: int, title: str) -> Iterator[list[Question]]:
@@ -190,6 +199,7 @@ def print_report(report: dict[str, Any]) -> None:
     overall = [f"{value:.1%}" for value in report["by_k"].values()]
     summary = (f"{report['shuffled_accuracy']:.1%}", f"{report['majority_accuracy']:.1%}")
     table.add_row("all", *overall, *summary, str(report["closed_questions"]), style="bold")
+    table.add_row("tokens written", *(f"{tokens:.1f}" for tokens in report["tokens_by_k"].values()))
     console.print(table)
     for title, key in (("modality", "by_modality"), ("chain length", "by_chain_length")):
         table = Table(title, f"k={report['k']}", "questions")

@@ -6,6 +6,7 @@ One process makes both, from the run's last state: the model that was trained ma
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vitalrt_training.evaluate import TablePictures, evaluate
 from vitalrt_training.paradigms.vital import VitalCollator, VitalModel, to_device
 from vitalrt_training.probes import probe
 from vitalrt_training.recipes import VitalRecipe
-from vitalrt_training.report import write_report
+from vitalrt_training.report import variant_of, write_report
 from vitalrt_training.run_files import replacing_directory
 
 PROBED_BATCHES = 8
@@ -55,7 +56,8 @@ def report_run(
     runtime = load(recipe.backbone, adapter=run_dir / "adapter", device=accelerator.device)
     longest = runtime.checkpoint.vital.k
     starts = range(0, min(len(rows), PROBED_BATCHES * size), size)
-    batches = [to_device(collator.collate(rows[at : at + size]), accelerator.device) for at in starts]
+    k = recipe.phases[-1].k
+    batches = [to_device(collator.collate(rows[at : at + size], k), accelerator.device) for at in starts]
     with accelerator.autocast():
         probes = probe(model.to(accelerator.device), batches, longest)
     shown = TablePictures(tables, "validation")
@@ -67,7 +69,7 @@ def _supervised(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> tuple
     """The losses that trained scaffolding: those switched on that had latents and something to hold them to."""
     rows = tables.select("train")
     has_chains = bool(tables.num_steps[rows].any())
-    thinks = any(recipe.k_weights[1:]) if recipe.k_weights else has_chains
+    thinks = any(recipe.k_weights[1:]) if recipe.k_weights else has_chains and recipe.longest != 0
     has_targets = {"text": has_chains, "visual": bool(has_feature(tables, rows).any())}
     return tuple(name for name in SUPERVISED if model.weight_of(name) and thinks and has_targets[name])
 
@@ -75,9 +77,9 @@ def _supervised(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> tuple
 def _vital(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> dict[str, Any]:
     losses = ["task"] + [name for name in ("text", "visual") if model.weight_of(name)]
     return {
-        "k": len(recipe.k_weights) - 1 if recipe.k_weights else int(tables.num_steps.max()),
+        "k": int(tables.num_steps.max()) if recipe.longest is None else recipe.longest,
         "feedback": "final_norm",
-        "provenance": f"VITAL on {Path(recipe.data).name}, losses {' + '.join(losses)}, {recipe.schedule}, seed "
-        f"{recipe.seed}",
+        "provenance": f"{variant_of(asdict(recipe))} on {Path(recipe.data).name}, losses {' + '.join(losses)}, "
+        f"{recipe.schedule}, seed {recipe.seed}",
         "encoder": tables.encoder_id,
     }

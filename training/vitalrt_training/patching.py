@@ -24,7 +24,7 @@ from vitalrt.engine.request import Answer
 from vitalrt.errors import VitalError
 from vitalrt.inputs.prompt import Prompt
 from vitalrt_training.data.phantom import Sample
-from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Shown, normalise, questions_at_a_time
+from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Shown, is_right, questions_at_a_time
 
 OWN, MEAN, OTHER_PICTURE, OTHER_QUESTION = "own", "mean", "other_picture", "other_question"
 NOISE, ZEROS, LAST_TOO = "noise", "zeros", "other_picture_last_too"
@@ -145,13 +145,13 @@ def _donors(samples: Sequence[Sample], pictures: Sequence[int]) -> list[int]:
 def _outcome(
     samples: Sequence[Sample], own: Sequence[Answer], other: Sequence[Answer], texts: Sequence[str]
 ) -> dict[str, Any]:
-    is_right = [normalise(text) == normalise(sample.answer) for sample, text in zip(samples, texts, strict=True)]
+    hits = [is_right(text, sample) for sample, text in zip(samples, texts, strict=True)]
     by_type: defaultdict[str, list[bool]] = defaultdict(list)
-    for sample, right in zip(samples, is_right, strict=True):
-        by_type[sample.question_type].append(right)
+    for sample, hit in zip(samples, hits, strict=True):
+        by_type[sample.question_type].append(hit)
     together = list(zip(own, other, texts, strict=True))
     return {
-        "accuracy": _share(is_right),
+        "accuracy": _share(hits),
         "unchanged": _share([text == mine.text for mine, _, text in together]),
         "follows": _share([text == theirs.text for mine, theirs, text in together if mine.text != theirs.text]),
         "by_type": {kind: _share(found) for kind, found in sorted(by_type.items())},

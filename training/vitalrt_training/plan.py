@@ -22,7 +22,8 @@ from vitalrt_training.adapter import attach_adapter
 from vitalrt_training.backbone import TINY, tiny_decoder_config
 from vitalrt_training.data.batches import Asked, Collator
 from vitalrt_training.data.tables import Tables, load_tables
-from vitalrt_training.recipes import VitalRecipe
+from vitalrt_training.recipes import Phase, VitalRecipe
+from vitalrt_training.written import write_out
 
 # Shapes of the models that recipes name, so that a plan needs no network. Source: their config.json on the hub.
 VISION: dict[str, Any] = {
@@ -62,6 +63,8 @@ PAPER_SAMPLES = {1: 19_556, 2: 19_872, 3: 1_796, 4: 10_975}
 
 PAPER_TOKENS = 300
 """Of a sample where no table is at hand: a picture of 512 x 512 pixels, a question, four latents, a short answer."""
+PAPER_THOUGHT_TOKENS = 920
+"""Of a chain that is written out where no table is at hand: as many as the paper's explicit chain of thought has."""
 SAMPLES_TOKENIZED = 64
 
 ACTIVATION_BYTES = 34  # per token, width and layer, in 16 bits: Korthikanti et al. 2022, equation 1, without attention
@@ -71,17 +74,18 @@ BYTES_TRAINABLE = 16  # fp32 weight, gradient and two AdamW moments
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters: by module.  steps, samples: per phase.  tokens_per_sample: prompt, latents and answer.
+    """parameters: of the backbone and of what is trained, by module.  steps, samples: per phase.
 
-    tokens: in all phases.  weight_bytes: weights, gradients and optimiser state.  activation_bytes: what one step of
-    all processes together keeps for its backward pass, nothing recomputed.
+    tokens_per_sample: per phase, prompt, latents and what is written.  tokens: in all phases.  weight_bytes: weights,
+    gradients and optimiser state.  activation_bytes: what one step of all processes together keeps for its backward
+    pass in the phase with the longest samples, nothing recomputed.
     """
 
     parameters: dict[str, int]
     trainable: int
     steps: list[int]
     samples: list[int]
-    tokens_per_sample: float
+    tokens_per_sample: list[float]
     tokens: int
     weight_bytes: int
     activation_bytes: int
@@ -92,7 +96,7 @@ class Plan:
             "trainable": self.trainable,
             "samples_by_phase": self.samples,
             "steps_by_phase": self.steps,
-            "tokens_per_sample": self.tokens_per_sample,
+            "tokens_per_sample_by_phase": self.tokens_per_sample,
             "tokens": self.tokens,
             "weight_bytes": self.weight_bytes,
             "activation_bytes": self.activation_bytes,
@@ -103,7 +107,10 @@ def plan(recipe: VitalRecipe) -> Plan:
     """Of the tables in recipe.data; where there are none, of as many samples as the paper has."""
     tables = load_tables(recipe.data) if Path(recipe.data).is_dir() else None
     counts = PAPER_SAMPLES if tables is None else Counter(tables.num_steps[tables.select("train")].tolist())
-    tokens_per_sample = PAPER_TOKENS if tables is None else mean_tokens(recipe, tables)
+    if tables is None:
+        tokens_per_sample = [paper_tokens(recipe, phase) for phase in recipe.phases]
+    else:
+        tokens_per_sample = mean_tokens(recipe, tables)
     with torch.device("meta"):
         backbone = Qwen3VL(backbone_config(recipe.backbone))
         width = backbone.config.get_text_config().hidden_size
@@ -114,39 +121,59 @@ def plan(recipe: VitalRecipe) -> Plan:
     parameters = {
         "backbone (frozen)": num_backbone,
         "LoRA": sum(p.numel() for p in adapted.parameters() if p.requires_grad),
-        "visual projector": num_parameters(scaffold.projector),
-        "pj_in": num_parameters(scaffold.pj_in),
-        "text decoder": num_parameters(scaffold.text_decoder),
     }
+    if recipe.losses.visual_weight:
+        parameters["visual projector"] = num_parameters(scaffold.projector)
+    if recipe.losses.text_weight:
+        parameters["pj_in"] = num_parameters(scaffold.pj_in)
+        parameters["text decoder"] = num_parameters(scaffold.text_decoder)
     trainable = sum(parameters.values()) - num_backbone
     per_epoch = [
         sum(n for steps, n in counts.items() if phase.min_steps <= steps <= phase.max_steps) for phase in recipe.phases
     ]
     steps = [int(n // recipe.batch_size * phase.epochs) for n, phase in zip(per_epoch, recipe.phases, strict=True)]
     text = backbone.config.get_text_config()
-    tokens_per_step = recipe.batch_size * tokens_per_sample
+    tokens = recipe.batch_size * sum(num * each for num, each in zip(steps, tokens_per_sample, strict=True))
     return Plan(
         parameters,
         trainable,
         steps,
         per_epoch,
         tokens_per_sample,
-        round(sum(steps) * tokens_per_step),
+        round(tokens),
         num_backbone * BYTES_FROZEN + trainable * BYTES_TRAINABLE,
-        round(tokens_per_step * text.hidden_size * text.num_hidden_layers * ACTIVATION_BYTES),
+        round(
+            recipe.batch_size * max(tokens_per_sample) * text.hidden_size * text.num_hidden_layers * ACTIVATION_BYTES
+        ),
     )
 
 
-def mean_tokens(recipe: VitalRecipe, tables: Tables) -> float:
-    """Over some of the training samples; needs the backbone's tokenizer, so a directory or a hub id that is at hand."""
+def paper_tokens(recipe: VitalRecipe, phase: Phase) -> float:
+    """Of a sample, where no table is at hand."""
+    if not recipe.written or phase.k is None:
+        return PAPER_TOKENS
+    written = sum(samples * max(0, steps - phase.k) / steps for steps, samples in PAPER_SAMPLES.items())
+    return PAPER_TOKENS + PAPER_THOUGHT_TOKENS * written / sum(PAPER_SAMPLES.values())
+
+
+def mean_tokens(recipe: VitalRecipe, tables: Tables) -> list[float]:
+    """Per phase, over some of the training samples, of whatever length their chains are; with k_weights as if each
+    thought as long as its chain.  Needs the backbone's tokenizer, so a directory or a hub id that is at hand.
+    """
     collator = Collator(resolve(recipe.backbone, "backbone"))
     rows = tables.select("train")[:: max(1, len(tables.select("train")) // SAMPLES_TOKENIZED)]
-    lengths = []
-    for row in rows.tolist():
-        sample = tables.samples[row]
-        batch = collator.collate([Asked([tables.read_picture(row)], [(sample["question"], sample["answer"])])])
-        lengths.append(batch.prefix.ids.numel() + batch.question.ids.numel() + batch.answer_ids.numel())
-    return float(np.mean(lengths) + tables.num_steps[rows].mean())
+    means = []
+    for phase in recipe.phases:
+        lengths = []
+        for row in rows.tolist():
+            sample = tables.samples[row]
+            num_steps = len(sample["chain"]) if phase.k is None else phase.k
+            answer = write_out(sample["chain"][num_steps:], sample["answer"]) if recipe.written else sample["answer"]
+            batch = collator.collate([Asked([tables.read_picture(row)], [(sample["question"], answer)])])
+            tokens = batch.prefix.ids.numel() + batch.question.ids.numel() + batch.answer_ids.numel()
+            lengths.append(tokens + num_steps)
+        means.append(float(np.mean(lengths)))
+    return means
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -186,14 +213,24 @@ def print_plan(recipe: VitalRecipe, found: Plan) -> None:
         table.add_row(name, f"{count:,}", f"{count / 1e6:,.1f}")
     table.add_row("trainable", f"{found.trainable:,}", f"{found.trainable / 1e6:,.1f}", style="bold")
     console.print(table)
-    table = Table("phase", "K", "epochs", "samples an epoch", "steps")
-    for number, (phase, samples, steps) in enumerate(zip(recipe.phases, found.samples, found.steps, strict=True), 1):
+    table = Table("phase", "chain", "K", "epochs", "samples an epoch", "steps", "tokens a sample")
+    rows = zip(recipe.phases, found.samples, found.steps, found.tokens_per_sample, strict=True)
+    for number, (phase, samples, steps, tokens) in enumerate(rows, 1):
+        thinks = "as the chain" if phase.k is None else str(phase.k)
+        if phase.k is None and recipe.k_weights:
+            thinks = f"drawn from 0..{min(phase.max_steps, len(recipe.k_weights) - 1)}"
         table.add_row(
-            str(number), f"{phase.min_steps}..{phase.max_steps}", f"{phase.epochs:g}", f"{samples:,}", f"{steps:,}"
+            str(number),
+            f"{phase.min_steps}..{phase.max_steps}",
+            thinks,
+            f"{phase.epochs:g}",
+            f"{samples:,}",
+            f"{steps:,}",
+            f"{tokens:,.0f}",
         )
     console.print(table)
     console.print(
-        f"tokens: {found.tokens:,}, {found.tokens_per_sample:.0f} a sample\n"
+        f"tokens: {found.tokens:,}\n"
         f"memory, over all processes that share it: weights, gradients and optimiser state "
         f"{found.weight_bytes / 2**30:.2f} GiB, activations of a step {found.activation_bytes / 2**30:.2f} GiB"
     )

@@ -93,11 +93,15 @@ def phantom_backbone() -> BackboneRecipe:
 
 @dataclass(frozen=True)
 class Phase:
-    """Samples whose chain has min_steps..max_steps steps, for a number of epochs."""
+    """Samples whose chain has min_steps..max_steps steps, for a number of epochs.
+
+    k: latent steps of every sample, whatever its chain; None leaves them to the recipe's k_weights or to the chains.
+    """
 
     min_steps: int
     max_steps: int
     epochs: float
+    k: int | None = None
 
 
 ALL = MAX_LATENT_STEPS
@@ -106,9 +110,12 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
     "two_phase": (Phase(0, 2, 10), Phase(0, ALL, 10)),
     "full_mix": (Phase(0, ALL, 20),),
     "reverse": (Phase(4, ALL, 5), Phase(2, ALL, 5), Phase(0, ALL, 10)),
+    "no_latents": (Phase(0, ALL, 20, k=0),),
+    "coconut": tuple(Phase(0, ALL, 4, k) for k in range(5)),
 }
-"""The schedules of VITAL table 3. The paper gives the epochs of the first; the others get as many in all, and "reverse
-starts from K=4 and decreases" is read as K = 4, then K >= 2, then all."""
+"""The first four are those of VITAL table 3. The paper gives the epochs of the first, all others get as many together;
+"reverse starts from K=4 and decreases" is read as K = 4, then K >= 2, then all. "coconut" is the curriculum of Coconut
+(Hao et al. 2024, section 3): a latent takes the place of one more written step in each phase, up to VITAL's K = 4."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,9 @@ class VitalRecipe:
     schedule: a name in SCHEDULES; each phase starts from the weights of the one before, with a new optimiser.
     epochs: of each phase, in place of the schedule's own where given.
     k_weights: how often a batch thinks 0, 1, 2, ... steps, up to the longest chain of its phase, so that one adapter
-    serves every k: chains are cut, or end before the latents do. Empty: each sample thinks as long as its chain is.
+    serves every k: chains are cut, or end before the latents do. Empty: each sample thinks as long as its chain is, or
+    as the schedule's phase says.
+    written: whether the steps of a chain that no latent stands for are written out before the answer.
     batch_size: samples per optimiser step over all processes.  warmup_share: of each phase's steps.
     final_rate: share of the learning rate that a cosine leaves at the end of a phase; 1 keeps it constant.
     loss_limit: a loss above it counts as exploded and stops the run.  precision: "no" or "bf16" (autocast).
@@ -144,6 +153,7 @@ class VitalRecipe:
     schedule: str
     epochs: tuple[float, ...]
     k_weights: tuple[float, ...]
+    written: bool
     batch_size: int
     learning_rate: float
     warmup_share: float
@@ -179,6 +189,10 @@ class VitalRecipe:
             raise VitalError(
                 f"k_weights: expected weights for k = 0, 1, ..., one of these two > 0, got {self.k_weights}"
             )
+        if self.k_weights and self._k_of_phases:
+            raise VitalError(
+                f"k_weights: expected none with schedule {self.schedule}, which says k itself, got {self.k_weights}"
+            )
         if not 0 <= self.final_rate <= 1:
             raise VitalError(f"final_rate: expected 0 to 1, got {self.final_rate}")
 
@@ -188,6 +202,17 @@ class VitalRecipe:
         if not self.epochs:
             return phases
         return tuple(replace(phase, epochs=epochs) for phase, epochs in zip(phases, self.epochs, strict=True))
+
+    @property
+    def longest(self) -> int | None:
+        """The most latent steps of a sample; None where that is the length of the longest chain."""
+        if self._k_of_phases:
+            return max(self._k_of_phases)
+        return len(self.k_weights) - 1 if self.k_weights else None
+
+    @property
+    def _k_of_phases(self) -> list[int]:
+        return [phase.k for phase in SCHEDULES[self.schedule] if phase.k is not None]
 
 
 def vital_8b() -> VitalRecipe:
@@ -204,6 +229,7 @@ def vital_8b() -> VitalRecipe:
         schedule="three_phase",
         epochs=(),
         k_weights=(),
+        written=False,
         batch_size=48,
         learning_rate=2e-5,
         warmup_share=0.05,
@@ -240,6 +266,7 @@ def phantom() -> VitalRecipe:
         schedule="three_phase",
         epochs=(0.4, 0.4, 1.0),
         k_weights=(1.0, 1.0, 1.0, 1.0, 4.0),
+        written=False,
         batch_size=28,
         learning_rate=1e-3,
         warmup_share=0.05,
@@ -256,6 +283,58 @@ def phantom() -> VitalRecipe:
     )
 
 
+def as_direct(recipe: VitalRecipe) -> VitalRecipe:
+    """The answer alone: supervised fine-tuning without a thought, for as many epochs as all of VITAL's phases."""
+    return replace(
+        recipe,
+        text_decoder=TINY,  # nothing trains it
+        losses=replace(recipe.losses, text_weight=0.0, visual_weight=0.0),
+        schedule="no_latents",
+        epochs=_shared_out(recipe.epochs, 1),
+        k_weights=(),
+    )
+
+
+def as_cot(recipe: VitalRecipe) -> VitalRecipe:
+    """The chain in words, then the answer: explicit chain of thought."""
+    return replace(as_direct(recipe), written=True)
+
+
+def as_coconut(recipe: VitalRecipe) -> VitalRecipe:
+    """Coconut (Hao et al. 2024, arXiv 2412.06769): latents replace written steps one by one, unsupervised."""
+    schedule = "coconut"
+    return replace(as_cot(recipe), schedule=schedule, epochs=_shared_out(recipe.epochs, len(SCHEDULES[schedule])))
+
+
+def as_sim_cot(recipe: VitalRecipe) -> VitalRecipe:
+    """SIM-CoT over Coconut (Wei et al. 2025, arXiv 2509.20317): a text decoder reads its step from every latent."""
+    losses = replace(recipe.losses, visual_weight=0.0)
+    return replace(as_coconut(recipe), text_decoder=recipe.text_decoder, losses=losses)
+
+
+def _shared_out(epochs: tuple[float, ...], num_phases: int) -> tuple[float, ...]:
+    return (sum(epochs) / num_phases,) * num_phases if epochs else ()
+
+
+BASELINES: dict[str, Callable[[VitalRecipe], VitalRecipe]] = {
+    "direct": as_direct,
+    "cot": as_cot,
+    "coconut": as_coconut,
+    "sim_cot": as_sim_cot,
+}
+"""Of a VITAL recipe: the same backbone, tables, adapter and optimiser. As many epochs in all, but every phase sees all
+samples, so they take more steps than a schedule that starts with short chains."""
+
+
+def _baselines(recipe: Callable[[], VitalRecipe], name: str) -> dict[str, Callable[[], Recipe]]:
+    """name: with {} for the baseline's."""
+
+    def derived(derive: Callable[[VitalRecipe], VitalRecipe]) -> Callable[[], Recipe]:
+        return lambda: derive(recipe())
+
+    return {name.format(kind): derived(derive) for kind, derive in BASELINES.items()}
+
+
 Recipe = BackboneRecipe | EncoderRecipe | VitalRecipe
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "phantom": phantom,
@@ -263,6 +342,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "phantom_encoder": phantom_encoder,
     "vital_8b": vital_8b,
     "vital_2b": vital_2b,
+    **_baselines(phantom, "phantom_{}"),
+    **_baselines(vital_8b, "{}_8b"),
+    **_baselines(vital_2b, "{}_2b"),
 }
 
 

@@ -23,10 +23,13 @@ from vitalrt.describe import describe_machine
 from vitalrt.engine.request import RESEARCH_NOTICE
 from vitalrt.latency import device_name
 from vitalrt_training.plots import plot_accuracy, plot_cosine, plot_curves, plot_gradients
+from vitalrt_training.recipes import SCHEDULES
 from vitalrt_training.run_files import replacing_directory
 
 VARIANTS = {(False, False): "task-only", (True, False): "+text", (False, True): "+visual", (True, True): "VITAL"}
 """What a run is called by whether it has the text and the visual loss (VITAL table 2)."""
+WRITTEN_VARIANTS = {(False, False): "Coconut", (True, False): "SIM-CoT"}
+"""The same where steps are written out before latents replace them."""
 SIMILARITY = "Mean cosine similarity between latent steps. Off the diagonal, 1 means that steps repeat each other."
 
 
@@ -38,12 +41,11 @@ def write_report(run_dir: Path, evaluation: Mapping[str, Any], probes: Mapping[s
     """
     recipe = json.loads((run_dir / "recipe.json").read_text())
     records = [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
-    losses = recipe["losses"]
     report = {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "notice": RESEARCH_NOTICE,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "variant": VARIANTS[losses["text_weight"] > 0, losses["visual_weight"] > 0],
+        "variant": variant_of(recipe),
         "settings": settings_of(recipe),
         "machine": _machine(),
         "stages": [_stage(name, list(found)) for name, found in groupby(records, lambda r: r["stage"])],
@@ -58,6 +60,17 @@ def write_report(run_dir: Path, evaluation: Mapping[str, Any], probes: Mapping[s
         (partial / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         (partial / "report.md").write_text(_markdown(report, figures))
     return directory
+
+
+def variant_of(recipe: Mapping[str, Any]) -> str:
+    """What the field calls a run.  recipe: as recipe.json holds it; without "written" it is of a time that had none."""
+    written, phases = recipe.get("written", False), SCHEDULES[recipe["schedule"]]
+    if all(phase.k == 0 for phase in phases):
+        return "CoT" if written else "direct"
+    switched_on = recipe["losses"]["text_weight"] > 0, recipe["losses"]["visual_weight"] > 0
+    if written:
+        return WRITTEN_VARIANTS.get(switched_on, f"{VARIANTS[switched_on]}, steps written")
+    return VARIANTS[switched_on]
 
 
 def settings_of(recipe: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -141,11 +154,13 @@ def _markdown(report: Mapping[str, Any], figures: Mapping[str, Figure]) -> str:
             f"{evaluation['majority_accuracy']:.1%}",
         ]
     )
+    written = evaluation["tokens_by_k"].values()
+    accuracies.append(["tokens written", *(f"{tokens:.1f}" for tokens in written), ""])
     parts = [
         f"# {report['variant']}, {report['settings']['schedule']}, seed {report['settings']['seed']}",
         f"{report['notice']} Written {report['created']} after `{report['command']}`.",
         "## Accuracy",
-        f"{questions_of(evaluation)}, by latent steps K.",
+        f"{questions_of(evaluation)}, by latent steps K. Tokens written are a mean over them, thought and answer.",
         markdown_table(["question type", *(f"K = {k}" for k in by_k), "most common answer"], accuracies),
         "![Accuracy by K, question type and modality](accuracy.png)",
         "## Training",

@@ -88,7 +88,7 @@ class VitalRun:
         if not hasattr(chain_tokenizer, "backend_tokenizer"):  # it is to be saved beside the scaffolding
             kind = type(chain_tokenizer).__name__
             raise VitalError(f"text_decoder: expected a tokenizer of the tokenizers library, got a {kind}")
-        self.collator = VitalCollator(backbone_dir, chain_tokenizer, self.tables, recipe.feature_width)
+        self.collator = VitalCollator(backbone_dir, chain_tokenizer, self.tables, recipe.feature_width, recipe.written)
         if recipe.vision_cache.folder:
             tower: Any = self.model.backbone.get_base_model().get_submodule("model.visual")
             processes = accelerator.num_processes
@@ -274,6 +274,8 @@ def rows_of(tables: Tables, phase: Phase) -> np.ndarray:
 
 def draw_k(recipe: VitalRecipe, phase: int, step: int) -> int | None:
     """The same on all processes; None where every sample thinks as long as its chain is."""
+    if recipe.phases[phase].k is not None:
+        return recipe.phases[phase].k
     weights = np.asarray(recipe.k_weights[: recipe.phases[phase].max_steps + 1])
     if not len(weights):
         return None

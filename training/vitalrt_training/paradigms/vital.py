@@ -1,5 +1,7 @@
 """VITAL: LoRA and scaffolding over a frozen backbone, every latent supervised in words and in pictures (section 3.3).
 
+With losses switched off and steps written out, the same model is trained as the baselines are (recipes.BASELINES).
+
 N samples, K most latent steps of the batch, L tokens of a reasoning step, d width, v feature width.
 """
 
@@ -21,6 +23,7 @@ from vitalrt_training.data.tables import Tables
 from vitalrt_training.latent_loop import LoopOutput, run_loop
 from vitalrt_training.losses import IGNORED, LossConfig, Mean, task_loss, text_loss, visual_loss, visual_targets
 from vitalrt_training.vision_cache import VisionCache
+from vitalrt_training.written import write_out
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,18 @@ class VitalBatch:
 class VitalCollator:
     """Rows of the samples table to a VitalBatch. Questions about one picture share its encoding."""
 
-    def __init__(self, directory: Path, chain_tokenizer: Any, tables: Tables, feature_width: int) -> None:
-        """directory: the backbone's tokenizer and preprocessor files.  chain_tokenizer: the text decoder's."""
+    def __init__(
+        self, directory: Path, chain_tokenizer: Any, tables: Tables, feature_width: int, written: bool = False
+    ) -> None:
+        """directory: the backbone's tokenizer and preprocessor files.  chain_tokenizer: the text decoder's.
+
+        written: answers begin with the steps of their chain that no latent stands for.
+        """
         self.collator = Collator(directory)
         self.chain_tokenizer = chain_tokenizer
         self.tables = tables
         self.feature_width = feature_width
+        self.written = written
 
     def collate(self, rows: Sequence[int], k: int | None = None, max_steps: int = 0) -> VitalBatch:
         """k: latent steps of every sample; None: each sample's own, the length of its chain.
@@ -65,16 +74,17 @@ class VitalCollator:
         """
         rows = sorted(rows, key=lambda row: int(self.tables.image_rows[row]))
         samples = [self.tables.samples[row] for row in rows]
+        num_steps = [len(sample["chain"]) if k is None else k for sample in samples]
         asked: list[Asked] = []
         image_of_last = None
-        for row, sample in zip(rows, samples, strict=True):
+        for row, sample, thought in zip(rows, samples, num_steps, strict=True):
             image = int(self.tables.image_rows[row])
             if image != image_of_last:
                 asked.append(Asked([self.tables.read_picture(row)], []))
                 image_of_last = image
-            asked[-1] = Asked(asked[-1].pictures, [*asked[-1].questions, (sample["question"], sample["answer"])])
+            answer = write_out(sample["chain"][thought:], sample["answer"]) if self.written else sample["answer"]
+            asked[-1] = Asked(asked[-1].pictures, [*asked[-1].questions, (sample["question"], answer)])
         chains = [sample["chain"][:k] for sample in samples]
-        num_steps = [len(chain) if k is None else k for chain in chains]
         features = [sample["roi_feature"] for sample in samples]
         overall = [sample["global_feature"] for sample in samples]
         return VitalBatch(

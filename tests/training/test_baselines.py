@@ -1,0 +1,204 @@
+"""Baselines on VITAL's backbone and tables: what each is taught to think, write and answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+import vitalrt
+from vitalrt.errors import VitalError
+from vitalrt.model.scaffold import Scaffold
+from vitalrt_training import evaluate as evaluation
+from vitalrt_training.backbone import TINY
+from vitalrt_training.data.phantom import draw_phantom
+from vitalrt_training.data.tables import load_tables
+from vitalrt_training.evaluate import Outcome, TablePictures, evaluate, is_right
+from vitalrt_training.losses import IGNORED, LossConfig
+from vitalrt_training.plan import plan
+from vitalrt_training.recipes import (
+    BASELINES,
+    RECIPES,
+    as_coconut,
+    as_cot,
+    as_direct,
+    as_sim_cot,
+    phantom,
+    vital_8b,
+    with_settings,
+)
+from vitalrt_training.report import variant_of
+from vitalrt_training.vital_trainer import Accelerator, VitalRun, draw_k, train_vital
+from vitalrt_training.written import END_OF_THOUGHT, answer_of, write_out
+
+
+def test_a_thought_is_written_before_its_answer_and_read_off_again():
+    text = write_out(("It is bright.", "It is on the left."), "left")
+    assert text == "It is bright.\nIt is on the left.\n</think>\nleft"
+    assert answer_of(text) == "left"
+    assert write_out((), "left") == answer_of("left") == "left"
+    assert answer_of("It is bright.\nIt is on") == "It is bright.\nIt is on"  # cut off: no answer
+
+
+def taught(run, phase, row):
+    """(latent steps, what is written, chain steps that supervise latents) for a sample in a phase."""
+    k = draw_k(run.recipe, phase, step=0)
+    batch = run.collator.collate([row], k)
+    tokenizer = run.collator.collator.processor.tokenizer
+    ids = batch.prompt.answer_ids[0]
+    assert ids[-1] == tokenizer.eos_token_id
+    steps = [tokenizer.decode(step[step != IGNORED][:-1]) for step in batch.chain_ids[0] if (step != IGNORED).any()]
+    return int(batch.num_steps[0]), tokenizer.decode(ids[:-1]), steps
+
+
+def test_every_baseline_is_taught_what_its_paper_says(recipe, tmp_path):
+    run = VitalRun(recipe, tmp_path, Accelerator())
+    row = next(row for row in range(len(run.tables.samples)) if run.tables.num_steps[row] == 3)
+    sample = run.tables.samples[row]
+    (first, second, third), answer = sample["chain"], sample["answer"]
+
+    def phases(derived):
+        run.recipe, run.collator.written = derived, derived.written
+        return [taught(run, phase, row) for phase in range(len(derived.phases))]
+
+    assert phases(as_direct(recipe)) == [(0, answer, [])]
+    assert phases(as_cot(recipe)) == [(0, write_out((first, second, third), answer), [])]
+    replaced = [
+        (0, write_out((first, second, third), answer), []),
+        (1, write_out((second, third), answer), [first]),
+        (2, write_out((third,), answer), [first, second]),
+        (3, answer, [first, second, third]),
+        (4, answer, [first, second, third]),
+    ]
+    assert phases(as_coconut(recipe)) == phases(as_sim_cot(recipe)) == replaced
+    assert phases(recipe)[-1] == (3, answer, [first, second, third])
+
+
+def test_each_has_its_losses_and_as_many_epochs(recipe):
+    own = replace(recipe, schedule="three_phase", epochs=(0.5, 0.5, 1.0), k_weights=(1.0, 2.0))
+    derived = {name: derive(own) for name, derive in BASELINES.items()}
+    assert [variant_of(asdict(one)) for one in derived.values()] == ["direct", "CoT", "Coconut", "SIM-CoT"]
+    for one in derived.values():
+        assert sum(phase.epochs for phase in one.phases) == pytest.approx(2.0)
+        assert (one.backbone, one.data, one.adapter) == (own.backbone, own.data, own.adapter)
+        assert one.losses.visual_weight == 0 and one.k_weights == ()
+    assert {name: one.losses.text_weight for name, one in derived.items()} == {
+        "direct": 0.0,
+        "cot": 0.0,
+        "coconut": 0.0,
+        "sim_cot": own.losses.text_weight,
+    }
+    assert [one.longest for one in derived.values()] == [0, 0, 4, 4]
+    assert (own.longest, recipe.longest) == (1, None)
+    assert sum(phase.epochs for phase in as_coconut(vital_8b()).phases) == 20
+
+
+def test_variants_of_a_run_are_named():
+    both, none = LossConfig(), LossConfig(text_weight=0.0, visual_weight=0.0)
+    assert variant_of(asdict(vital_8b())) == "VITAL"
+    assert variant_of(asdict(replace(vital_8b(), losses=none))) == "task-only"
+    assert variant_of(asdict(replace(as_coconut(vital_8b()), losses=both))) == "VITAL, steps written"
+    older = asdict(vital_8b())
+    del older["written"]  # as a recipe.json of before has it
+    assert variant_of(older) == "VITAL"
+
+
+def test_recipes_of_baselines_go_by_the_name_of_what_they_are_compared_with():
+    names = {f"phantom_{kind}" for kind in BASELINES} | {
+        f"{kind}_{size}" for kind in BASELINES for size in ("8b", "2b")
+    }
+    assert names <= set(RECIPES)
+    assert RECIPES["phantom_sim_cot"]() == as_sim_cot(phantom())
+    assert RECIPES["coconut_8b"]() == as_coconut(vital_8b())
+    assert RECIPES["sim_cot_2b"]().text_decoder == "Qwen/Qwen3-0.6B"
+    with pytest.raises(VitalError, match="k_weights: expected none with schedule coconut, which says k itself"):
+        with_settings(as_coconut(phantom()), {"k_weights": "1,1"})
+
+
+@pytest.fixture(scope="module")
+def with_validation(recipe, write_tables, tmp_path_factory):
+    """The recipe over tables of which two pictures are for validation; few steps."""
+    folder = tmp_path_factory.mktemp("tables")
+    write_tables(folder, [draw_phantom("train", 5, index) for index in range(7)], *["train"] * 5, "validation")
+    return replace(recipe, data=str(folder), epochs=(0.2, 0.2))
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_baseline_is_trained_and_evaluated_with_its_own_k(with_validation, tmp_path, name):
+    derived = BASELINES[name](with_validation)
+    derived = replace(derived, epochs=(0.2,) * len(derived.phases))
+    adapter = train_vital(derived, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    ks = list(dict.fromkeys(line["k"] for line in lines))
+    assert ks == [phase.k for phase in derived.phases]
+    assert all(("loss_text" in line) == (name == "sim_cot" and line["k"] > 0) for line in lines)
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert report["variant"] == variant_of(asdict(derived))
+    assert list(report["evaluation"]["by_k"]) == [str(k) for k in range(derived.longest + 1)]
+    assert all(tokens > 0 for tokens in report["evaluation"]["tokens_by_k"].values())
+    assert set(report["probes"]["gradient_norms"]) == ({"task", "text"} if name == "sim_cot" else {"task"})
+    vital = vitalrt.load(derived.backbone, adapter=adapter, device="cpu").checkpoint.vital
+    assert vital.k == derived.longest and vital.provenance.startswith(report["variant"])
+    assert Scaffold.load(adapter).supervised == (("text",) if name == "sim_cot" else ())
+    assert (derived.text_decoder == TINY) == (name != "sim_cot")
+
+
+def test_evaluation_counts_the_tokens_and_reads_the_answer_after_the_thought(recipe, monkeypatch):
+    """Each question is answered rightly after a thought, with as many tokens as it has latent steps."""
+    shown = TablePictures(load_tables(recipe.data), "train")
+
+    def thoughtful(model, shown, k, shift):
+        for one in shown:
+            for sample in one.samples:
+                yield Outcome(sample, one.modality, write_out(("It is wrong.",), sample.answer), 10 * (k + 1))
+
+    monkeypatch.setattr(evaluation, "ask_all", thoughtful)
+    found = evaluate(None, shown, [0, 2])
+    assert found["accuracy"] == found["by_k"][0] == 1.0
+    assert found["tokens_by_k"] == {0: 10, 2: 30}
+    sample = shown[0].samples[0]
+    assert not is_right(f"{sample.answer}\n{END_OF_THOUGHT}\nit is not", sample)
+
+
+def test_the_tokens_of_an_outcome_are_all_that_the_runtime_wrote(recipe, monkeypatch):
+    monkeypatch.setattr(evaluation, "MAX_ANSWER_TOKENS", 7)
+    model = vitalrt.load(recipe.backbone, device="cpu")  # knows nothing, and so seldom ends
+    shown = [TablePictures(load_tables(recipe.data), "train")[0]]
+    outcomes = list(evaluation.ask_all(model, shown, k=0, shift=0))
+    sample = outcomes[0].sample
+    answer = model.generate(shown[0].picture, sample.question, k=0, max_new_tokens=7)
+    assert (outcomes[0].text, outcomes[0].num_tokens) == (answer.text, answer.usage.completion_tokens)
+    assert max(outcome.num_tokens for outcome in outcomes) == 7
+
+
+def test_a_plan_counts_what_is_written_and_leaves_out_what_is_not_trained(recipe):
+    paper, cot, coconut = plan(vital_8b()), plan(as_cot(vital_8b())), plan(as_coconut(vital_8b()))
+    assert set(cot.parameters) == {"backbone (frozen)", "LoRA"}
+    assert cot.trainable == cot.parameters["LoRA"] == paper.parameters["LoRA"]
+    assert cot.tokens_per_sample == [300 + 920]
+    falling = coconut.tokens_per_sample
+    assert falling == sorted(falling, reverse=True) and (falling[0], falling[-1]) == (300 + 920, 300)
+    assert coconut.steps == [52_199 // 48 * 4] * 5
+    assert set(plan(as_sim_cot(vital_8b())).parameters) == {"backbone (frozen)", "LoRA", "pj_in", "text decoder"}
+    direct, written = plan(as_direct(recipe)).tokens_per_sample, plan(as_cot(recipe)).tokens_per_sample
+    tokenizer = vitalrt.load(recipe.backbone, device="cpu").processor.tokenizer
+    samples = load_tables(recipe.data).samples
+    added = [
+        len(tokenizer(write_out(sample["chain"], sample["answer"]))["input_ids"])
+        - len(tokenizer(sample["answer"])["input_ids"])
+        for sample in samples
+    ]
+    assert written[0] - direct[0] == pytest.approx(sum(added) / len(added))
+
+
+def test_a_model_that_writes_its_thought_learns_from_the_written_steps(recipe, tmp_path):
+    """Coconut's latents get their gradient through what is written after them."""
+    run = VitalRun(as_coconut(recipe), tmp_path, Accelerator())
+    row = next(row for row in range(len(run.tables.samples)) if run.tables.num_steps[row] == 3)
+    batch = run.collator.collate([row], k=2)
+    loop = run.model.think(batch)
+    loss = torch.nn.functional.cross_entropy(loop.logits[0], batch.prompt.answer_ids[0])
+    gradients = torch.autograd.grad(loss, loop.latents)
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
