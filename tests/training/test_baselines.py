@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vitalrt
+from bench import baselines
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training import evaluate as evaluation
@@ -202,3 +203,32 @@ def test_a_model_that_writes_its_thought_learns_from_the_written_steps(recipe, t
     loss = torch.nn.functional.cross_entropy(loop.logits[0], batch.prompt.answer_ids[0])
     gradients = torch.autograd.grad(loss, loop.latents)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_runs_are_measured_beside_the_first(with_validation, tmp_path, capsys):
+    runs = []
+    for name in ("direct", "coconut"):
+        derived = BASELINES[name](with_validation)
+        runs.append(tmp_path / name)
+        train_vital(replace(derived, epochs=(0.2,) * len(derived.phases)), runs[-1])
+    arguments = ["--split", "validation", "--count", "4", "--timed", "9", "--out", str(tmp_path / "results")]
+    assert baselines.main([*map(str, [*runs, runs[0]]), *arguments]) == 0
+    found = json.loads((tmp_path / "results" / "baselines.json").read_text())
+    first, second, again = found["runs"]
+    assert [(one["run"], one["variant"], one["k"]) for one in found["runs"]] == [
+        ("direct", "direct", 0),
+        ("coconut", "Coconut", 4),
+        ("direct", "direct", 0),
+    ]
+    assert (first["only_this"], first["only_first"], first["times_first"]["p50"]) == (0, 0, 1.0)
+    assert (again["accuracy"], again["tokens"]) == (first["accuracy"], first["tokens"])
+    right = round((second["accuracy"] - first["accuracy"]) * found["closed_questions"])
+    assert second["only_this"] - second["only_first"] == right
+    assert found["timed_questions"] == 3  # one phantom is for warming up
+    assert second["training"]["steps"] == len((runs[1] / "log.jsonl").read_text().splitlines())
+    assert (tmp_path / "results" / "baselines.png").stat().st_size > 10_000
+    assert "Coconut" in capsys.readouterr().out
+    with pytest.raises(VitalError, match="RUN: expected a finished run with an adapter, got"):
+        baselines.main([str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        baselines.main([str(runs[0]), "--count", "1"])
