@@ -30,7 +30,7 @@ for folder in ("training", "kernels", "."):  # a checkout that nobody has instal
         sys.path.insert(0, str(ROOT / folder))
 
 from bench.files import commit, sources  # noqa: E402
-from bench.gpu import checks, int8, kernels, numerics, product, profile, report, requests, tune  # noqa: E402
+from bench.gpu import checks, int8, kernels, numerics, product, profile, projector, report, requests, tune  # noqa: E402
 from bench.gpu.compile_ahead import compile_ahead  # noqa: E402
 from bench.gpu.record import Record, Section, SkippedError  # noqa: E402
 from bench.gpu.shapes import random_model, small_config  # noqa: E402
@@ -97,6 +97,7 @@ class Bench:
             Section("batches", needs(lambda r: requests.measure_batches(r, self.model, self.card)), 45),
             Section("profile", needs(lambda r: profile.measure(r, self.model, self.card)), 30),
             Section("int8", needs(lambda r: int8.measure(r, self.model)), 40),
+            Section("projector", needs(lambda r: projector.measure(r, self.device, self.dtype)), 60),
             Section("product", lambda r: product.measure(r, self.device), 60),
             Section("tests", checks.run_tests, 120),
             Section("sanitizer", checks.run_sanitizer, 160),

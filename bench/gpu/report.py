@@ -56,6 +56,9 @@ def table(results: dict[str, Any]) -> Table:
         shown.add_row(name, f"{row['ms']['p50']:.3f} ms", f"floor {row['floor_ms']:.3f} ms, {row['share']:.0%}")
     for name, row in results.get("int8", {}).get("ms", {}).items():
         shown.add_row(f"int8: {name}", f"{row['p50']:.3f} ms", f"bf16 {row['plain_p50']:.3f} ms")
+    for name, by_name in results.get("projector", {}).get("ms", {}).items():
+        others = "; ".join(f"{other} {row['p50']:.3f}" for other, row in by_name.items() if other != "vitalrt")
+        shown.add_row(name, f"{by_name['vitalrt']['p50']:.3f} ms", others)
     shown.add_section()
     for row in results.get("kernels", {}).get("rows", []):
         peer = f"{row['share']:.0%} of the card" + (

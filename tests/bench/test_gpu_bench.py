@@ -34,7 +34,7 @@ runpy.run_module("bench.gpu", run_name="__main__")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str, Path]:
     """Results, what was printed, and the folder. The kernels' own tests run beside this one and need not run twice."""
     folder = tmp_path_factory.mktemp("gpu")
-    names = ["kernels", "requests", "numerics", "batches", "profile", "int8", "product", "sanitizer"]
+    names = ["kernels", "requests", "numerics", "batches", "profile", "int8", "projector", "product", "sanitizer"]
     command = [sys.executable, "-c", WITHOUT_EXTENSION, "--quick", "--out", str(folder)]
     command += [word for name in names for word in ("--only", name)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"COLUMNS": "140"}
@@ -59,6 +59,7 @@ def test_what_cannot_run_is_said_and_the_rest_runs(quick) -> None:
         "batches": "done",
         "profile": "skipped",
         "int8": "done",
+        "projector": "done",
         "product": "skipped",
         "sanitizer": "skipped",
     }
@@ -77,6 +78,14 @@ def test_everybody_does_every_kind_of_work(quick) -> None:
     assert any(what.startswith("request CoT") for what in ms)
     assert any(what.startswith("patches") and len(by_name) == 2 for what, by_name in ms.items())
     assert quick[0]["sections"]["requests"]["patches_agree"]
+
+
+def test_the_projector_is_measured_beside_torchs(quick) -> None:
+    section = quick[0]["sections"]["projector"]
+    assert [name.split(",")[0] for name in section["ms"]] == ["projector forward", "projector forward and backward"] * 2
+    assert all(set(by_name) == {"vitalrt", "torch"} for by_name in section["ms"].values())
+    assert section["difference"] < 1e-5
+    assert "compiling" in section["skipped"]["torch, compiled"]
 
 
 def test_errors_are_of_this_model(quick) -> None:
