@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -106,6 +107,16 @@ def test_explain_is_silent_but_for_what_was_asked():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["text"] == "lower left"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", [["info", "--json"], ["bench", "--model-cost"], ["bench", "--model-cost", "--json"]])
+def test_who_stops_reading_gets_no_traceback(words):
+    """As `vitalrt ... | head` does: found out by print, by rich, or not before what was printed is flushed."""
+    command = [sys.executable, "-m", "vitalrt.cli", *words]
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=buffered)
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait(timeout=60)) == ("", 1)
 
 
 def test_info_names_model_memory_and_why_backends_are_not_used(capsys):

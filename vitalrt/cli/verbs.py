@@ -1,26 +1,24 @@
-"""The command line: one thin function per verb. Answers go to stdout, everything else to stderr."""
+"""One thin function per verb. Each imports what it needs when it runs: `vitalrt --help` should not wait for torch."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vitalrt.config import EngineConfig
+from vitalrt.cli.printing import answer_record, print_answer, print_model_cost, print_steps
 from vitalrt.errors import VitalError
 from vitalrt.serve.settings import ServeConfig, read_api_keys
 
 if TYPE_CHECKING:
     from vitalrt.api import Model
-    from vitalrt.engine.request import Answer, Request
-    from vitalrt.explain.explanation import Explanation
+    from vitalrt.engine.request import Request
     from vitalrt.inputs.options import ReadOptions
 
 WRITTEN_EVERY = 5  # a written chain of thought takes seconds, so it joins every fifth round of `bench`
@@ -39,24 +37,6 @@ SERVE_LIMITS = {  # fields of ServeConfig, each an option of `serve`
     "max_choices": "choices (n) of a request",
 }
 
-# Verbs import what they need when they run: `vitalrt --help` should not wait for torch.
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 an error that the caller can mend, 2 wrong usage, 130 interrupted."""
-    arguments = _parser().parse_args(argv)
-    try:
-        arguments.run(arguments)
-    except VitalError as error:
-        if arguments.debug:
-            raise
-        print(f"vitalrt: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("vitalrt: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
 
 def ask(arguments: argparse.Namespace) -> None:
     """One question about one or several images, or a file of them."""
@@ -70,9 +50,9 @@ def ask(arguments: argparse.Namespace) -> None:
     answers = model.generate_batch(requests)
     for request, answer in zip(requests, answers, strict=True):
         if arguments.json or arguments.batch:
-            print(json.dumps(_answer_record(request, answer)))
+            print(json.dumps(answer_record(request, answer)))
         else:
-            _print_answer(request, answer)
+            print_answer(request, answer)
             print(answer.notice)
 
 
@@ -93,10 +73,10 @@ def explain(arguments: argparse.Namespace) -> None:
         except VitalError as error:  # told after the answer, which is not to be lost
             trouble = error
     if arguments.json:
-        print(json.dumps(_answer_record(request, explanation.answer) | explanation.as_dict()))
+        print(json.dumps(answer_record(request, explanation.answer) | explanation.as_dict()))
     else:
-        _print_answer(request, explanation.answer)
-        _print_steps(explanation)
+        print_answer(request, explanation.answer)
+        print_steps(explanation)
     if trouble is not None:
         raise trouble
 
@@ -119,7 +99,7 @@ def info(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """Latency of K = 0, 1, 2, 4 and of written chains of thought; with --model-cost, what a step has to move."""
     if arguments.model_cost:
-        _print_model_cost(arguments)
+        print_model_cost(arguments)
         return
     import numpy as np
 
@@ -284,179 +264,6 @@ def serve(arguments: argparse.Namespace) -> None:
     server(build_app(_load(arguments), config, arguments.adapter), config).run()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vitalrt",
-        description="Latent reasoning for medical images. Research use only, not for clinical decisions.",
-    )
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
-
-    verb = _verb(verbs, "ask", ask)
-    verb.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="PNG, JPEG, TIFF, DICOM or NIfTI files")
-    verb.add_argument(
-        "--batch", type=Path, metavar="FILE.jsonl", help='lines like {"image": ..., "question": ..., "k": 2}'
-    )
-    _add_decoding(verb)
-    _add_reading(verb)
-    _add_model(verb)
-
-    verb = _verb(verbs, "explain", explain)
-    verb.add_argument("words", nargs="*", metavar="IMAGE ... QUESTION", help="PNG, JPEG, TIFF, DICOM or NIfTI files")
-    verb.add_argument("--out", type=Path, metavar="PAGE.html", help="also as a page with pictures and heat maps")
-    verb.add_argument(
-        "--encoder", metavar="DIR", help="vision encoder that the projector aims at, if not beside the model"
-    )
-    _add_decoding(verb)
-    _add_reading(verb)
-    _add_model(verb)
-
-    _add_model(_verb(verbs, "info", info))
-
-    verb = _verb(verbs, "bench", bench)
-    verb.add_argument("--image", type=Path, help="default: a grey ramp")
-    verb.add_argument("--question", default="Is the liver visible?")
-    verb.add_argument("--rounds", type=int, default=10, help="chains of thought join every fifth")
-    verb.add_argument(
-        "--model-cost",
-        action="store_true",
-        help="bytes, launches and floors of a step from config.json alone; --model DIR or e.g. Qwen3-VL-8B (default)"
-        " or -32B, --dtype bf16 (default), int8 or fp32",
-    )
-    verb.add_argument("--context", type=int, metavar="N", help="model cost: tokens in the cache; default: 0")
-    verb.add_argument("--batch", type=int, metavar="N", help="model cost: sequences; default: 1")
-    verb.add_argument("--card", metavar="NAME", help="model cost: one card instead of all that are known")
-    verb.add_argument("--bandwidth", type=float, metavar="GB/S", help="model cost: of any other card")
-    _add_model(verb)
-
-    kinds = verbs.add_parser("data", help="make data sets").add_subparsers(required=True, metavar="KIND")
-    verb = _verb(kinds, "phantom", data_phantom)
-    _add_phantoms(verb, split="train", seed=0, count=1000)
-    verb.add_argument("--validation", type=int, default=0, metavar="N", help="also so many validation phantoms")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR")
-    verb = _verb(kinds, "roi", data_roi)
-    verb.add_argument("data", metavar="DIR", help="a data set with masks; its samples table is filled")
-    verb.add_argument("--encoder", required=True, metavar="DIR", help="SigLIP, CLIP or Qwen3-VL directory")
-    verb.add_argument("--device", default="cpu")
-
-    kinds = verbs.add_parser("export", help="write deployment graphs").add_subparsers(required=True, metavar="KIND")
-    verb = _verb(kinds, "onnx", export_onnx)
-    verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="new or empty directory")
-    verb.add_argument("-k", type=int, help="default latent steps of the export; default: the checkpoint's")
-    verb.add_argument("--adapter", metavar="DIR", help="PEFT LoRA directory or hub id, merged")
-    verb.add_argument("--dtype", default="fp32", choices=("fp32", "fp16", "bf16"))
-    verb.add_argument("--int8", action="store_true", help="linear weights in 8 bits")
-    verb.add_argument("--opset", type=int, default=20)
-    verb.add_argument("--device", default="auto", help="where ONNX Runtime verifies: auto, cpu or cuda[:n]")
-    verb.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True, help="compare the graphs with torch"
-    )
-    verb.add_argument("--dry-run", action="store_true", help="file sizes and memory, from config.json alone")
-
-    verb = _verb(kinds, "merged", export_merged)
-    verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
-    verb.add_argument("--adapter", required=True, metavar="DIR", help="PEFT LoRA directory or hub id")
-    verb.add_argument("--encoder", metavar="DIR", help="vision encoder the adapter was trained for; goes along")
-    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="new or empty directory")
-
-    verb = _verb(verbs, "train", train)
-    verb.add_argument(
-        "recipe", metavar="RECIPE", help="phantom_backbone, phantom_encoder, phantom, vital_8b or vital_2b"
-    )
-    verb.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe"
-    )
-    verb.add_argument("--dry-run", action="store_true", help="print parameter counts, steps and memory; train nothing")
-    verb.add_argument("--out", type=Path, metavar="DIR", help="where the run lives, and goes on after an interruption")
-    verb.add_argument(
-        "--track", action="append", default=[], metavar="NAME", help="also log to tensorboard, wandb or mlflow"
-    )
-
-    verb = _verb(verbs, "eval", evaluate)
-    _add_phantoms(verb, split="test", seed=0, count=2000)
-    verb.add_argument("--data", metavar="DIR", help="the split of a data set's tables, in place of phantoms")
-    verb.add_argument(
-        "-k", type=int, action="append", help="latent steps, may be repeated; the last is reported in full"
-    )
-    verb.add_argument(
-        "--patch",
-        action="store_true",
-        help="also whether latents matter: answers with others for all but the last, with the last -k (2 or more)",
-    )
-    _add_model(verb)
-
-    verb = _verb(verbs, "serve", serve)
-    verb.add_argument("model", nargs="?", metavar="MODEL", help="directory or hub id; default: the bundled one")
-    _add_loading(verb)
-    verb.add_argument("--host", default="127.0.0.1", help="default: reachable from this machine only")
-    verb.add_argument("--port", type=int, default=8000)
-    verb.add_argument("--name", help="the model's name in requests; default: its directory's")
-    verb.add_argument("--api-keys", type=Path, metavar="FILE", help="accepted keys, one a line; default: no key needed")
-    verb.add_argument(
-        "--allow-images-from", action="append", default=[], metavar="ORIGIN", help="fetch links of https://host[:port]"
-    )
-    verb.add_argument("--audit", type=Path, metavar="FILE", help="append a JSON line per request, with hashes only")
-    verb.add_argument("--ray", action="store_true", help="several replicas, on Ray Serve; images find their replica")
-    verb.add_argument("--replicas", type=int, metavar="N", help="with --ray; default: 2")
-    verb.add_argument("--audit-text", action="store_true", help="questions and answers in the audit file as well")
-    for name, text in SERVE_LIMITS.items():
-        default = getattr(ServeConfig, name)
-        flag = "--" + name.replace("_", "-")
-        verb.add_argument(flag, type=int, default=default, metavar="N", help=f"{text}; default: {default}")
-    return parser
-
-
-def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(name, help=run.__doc__, description=run.__doc__)
-    verb.set_defaults(run=run)
-    verb.add_argument("--json", action="store_true", help="print JSON")
-    verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return verb
-
-
-def _add_model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument(
-        "--model", metavar="DIR", help="Hugging Face Qwen3-VL directory or hub id; default: the bundled one"
-    )
-    _add_loading(verb)
-
-
-def _add_loading(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--adapter", metavar="DIR", help="PEFT LoRA directory or hub id, merged while loading")
-    verb.add_argument("--device", default="auto")
-    verb.add_argument("--dtype", default="auto")
-    verb.add_argument("--int8", action="store_true", help="the decoder's weights in 8 bits, checked by its latents")
-    verb.add_argument("--cache-tokens", type=int, help="capacity of the KV cache in tokens")
-    verb.add_argument(
-        "--vision-cache-bytes",
-        type=int,
-        default=EngineConfig.vision_cache_bytes,
-        help="memory for the features of past images [256 MiB]",
-    )
-
-
-def _add_decoding(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("-k", type=int, help="latent steps, 0..64; default: the checkpoint's")
-    verb.add_argument("--max-new-tokens", type=int, default=64)
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    verb.add_argument("--top-p", type=float, default=1.0)
-    verb.add_argument("--top-k", type=int, default=0)
-    verb.add_argument("--seed", type=int)
-
-
-def _add_reading(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--frame", type=int, help="frame of a DICOM file or page of a TIFF")
-    verb.add_argument("--slice", type=int, dest="slice_index", help="slice of a NIfTI volume; default: the middle one")
-    verb.add_argument("--axis", type=int, default=2, help="0 sagittal, 1 coronal, 2 axial")
-    verb.add_argument("--window", metavar="CENTER,WIDTH", help="grey window, or the index of a DICOM file's own view")
-
-
-def _add_phantoms(verb: argparse.ArgumentParser, split: str, seed: int, count: int) -> None:
-    verb.add_argument("--split", default=split, choices=("train", "validation", "test"))
-    verb.add_argument("--seed", type=int, default=seed)
-    verb.add_argument("--count", type=int, default=count)
-
-
 def _load(arguments: argparse.Namespace, prefix_cache: bool = True) -> Model:
     """With a progress bar on a terminal, once loading takes long enough to wonder."""
     from rich.progress import Progress
@@ -530,74 +337,6 @@ def _read_batch(arguments: argparse.Namespace) -> list[Request]:
     return requests
 
 
-def _answer_record(request: Request, answer: Answer) -> dict[str, Any]:
-    images = request.image if isinstance(request.image, list) else [request.image]
-    return {
-        "images": [str(image) for image in images],
-        "question": request.question,
-        "text": answer.text,
-        "token_ids": answer.token_ids,
-        "finish_reason": answer.finish_reason,
-        "usage": asdict(answer.usage),
-        "timings_ms": asdict(answer.timings),
-        "notice": answer.notice,
-    }
-
-
-def _print_answer(request: Request, answer: Answer) -> None:
-    timings = answer.timings
-    parts = ("preprocess", "prefill", "latent", "decode", "total")
-    print(f"Question      {request.question}")
-    print(f"Answer        {answer.text}")
-    print(f"Latent steps  {answer.usage.latent_steps}")
-    print(f"Tokens        {answer.usage.prompt_tokens} prompt, {answer.usage.completion_tokens} answer")
-    print("Timings (ms)  " + ", ".join(f"{part} {getattr(timings, part):.1f}" for part in parts))
-
-
-def _print_steps(explanation: Explanation) -> None:
-    from vitalrt.explain.visual_window import peak_of
-
-    for number, step in enumerate(explanation.steps, start=1):
-        print(f"Step {number}")
-        if step.text is not None:
-            print(f"  words       {step.text} ({step.text_probability:.0%})")
-        for index, heatmap in enumerate(step.heatmaps, start=1):
-            picture = f"picture {index}" if len(step.heatmaps) > 1 else "picture"
-            print(f"  {picture:<12}most alike at {peak_of(heatmap)} (cosine {float(heatmap.max()):.2f})")
-        if step.neighbours:
-            alike = "; ".join(f"{one.label} ({one.cosine:.2f})" for one in step.neighbours)
-            print(f"  neighbours  {alike}")
-    for what, why in explanation.missing.items():
-        print(f"No {what}: {why}")
-    print(explanation.notice)
-
-
-def _print_model_cost(arguments: argparse.Namespace) -> None:
-    """`bench --model-cost`: for all known cards, one of them, or one of the given bandwidth."""
-    from vitalrt.model_cost import CARDS, DEFAULT_MODEL, Card, ModelCost
-
-    if arguments.bandwidth is not None:
-        if arguments.card is not None or not 0 < arguments.bandwidth < float("inf"):
-            raise VitalError(f"--bandwidth: expected GB/s above 0 and no --card, got {arguments.bandwidth}")
-        cards = [Card(f"{arguments.bandwidth:g} GB/s", arguments.bandwidth * 1e9, None, "as given")]
-    elif arguments.card is not None:
-        if arguments.card not in CARDS:
-            raise VitalError(f"--card: expected one of {sorted(CARDS)}, got {arguments.card!r}")
-        cards = [CARDS[arguments.card]]
-    else:
-        cards = list(CARDS.values())
-    cost = ModelCost.of(
-        arguments.model or DEFAULT_MODEL,
-        context=arguments.context or 0,
-        batch=1 if arguments.batch is None else arguments.batch,
-        dtype="int8" if arguments.int8 else "bf16" if arguments.dtype == "auto" else arguments.dtype,
-    )
-    if arguments.json:
-        print(json.dumps(cost.record(cards), indent=2))
-    else:
-        Console().print(cost.operations_table(), cost.floors_table(cards), sep="\n")
-
-
 def _setting(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
@@ -614,7 +353,3 @@ def _needs(extra: str) -> Iterator[None]:
         if (error.name or "").startswith("vitalrt"):
             raise
         raise VitalError(f"{error.name} is not installed; run: pip install 'vitalrt[{extra}]'") from error
-
-
-if __name__ == "__main__":
-    sys.exit(main())
