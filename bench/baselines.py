@@ -36,7 +36,6 @@ from vitalrt.files import replace_whole
 from vitalrt.spread import Spread
 from vitalrt_training.data.records import SPLITS
 from vitalrt_training.evaluate import (
-    MAX_ANSWER_TOKENS,
     Outcome,
     Phantoms,
     Shown,
@@ -44,6 +43,7 @@ from vitalrt_training.evaluate import (
     ask_all,
     group_accuracy,
     majority_of_type,
+    room_for,
 )
 from vitalrt_training.plots import SEQUENCE, new_figure
 from vitalrt_training.report import variant_of
@@ -131,9 +131,10 @@ def time_in_turns(runs: Sequence[Run], shown: Sequence[Shown], count: int) -> li
     """
 
     def ask(run: Run, one: Shown) -> float:
-        question = next(sample.question for sample in one.samples if sample.closed)
+        sample = next(sample for sample in one.samples if sample.closed)
+        room = room_for(run.model, sample)
         started = time.perf_counter()
-        run.model.generate(one.picture, question, k=run.k, max_new_tokens=MAX_ANSWER_TOKENS)
+        run.model.generate(one.picture, sample.question, k=run.k, max_new_tokens=room)
         return (time.perf_counter() - started) * 1000
 
     for run in runs:

@@ -21,7 +21,7 @@ from vitalrt_training.data.tables import Tables
 from vitalrt_training.written import answer_of
 
 PICTURES_AT_A_TIME = 16
-MAX_ANSWER_TOKENS = 256  # a written thought included
+MAX_ANSWER_TOKENS = 24  # without a written thought
 OPEN_TYPE = "describe"  # answered in a sentence; every other answer is compared word for word
 
 
@@ -143,9 +143,16 @@ def evaluate(model: Model, shown: Sequence[Shown], steps: Sequence[int]) -> dict
 def ask_all(model: Model, shown: Sequence[Shown], k: int, shift: int) -> Iterator[Outcome]:
     """Every question of every picture, asked about the picture `shift` places further on."""
     for asked in questions_at_a_time(shown, shift, f"k={k}, shuffled" if shift else f"k={k}"):
-        requests = [Request(one.picture, one.sample.question, k=k, max_new_tokens=MAX_ANSWER_TOKENS) for one in asked]
+        requests = [
+            Request(one.picture, one.sample.question, k=k, max_new_tokens=room_for(model, one.sample)) for one in asked
+        ]
         for one, answer in zip(asked, model.generate_batch(requests), strict=True):
             yield Outcome(one.sample, one.modality, answer.text, answer.usage.completion_tokens)
+
+
+def room_for(model: Model, sample: Sample) -> int:
+    """Tokens that may be written: an answer, and before it a thought of twice the length of the sample's own chain."""
+    return MAX_ANSWER_TOKENS + 2 * len(model.processor.tokenizer("\n".join(sample.chain))["input_ids"])
 
 
 def questions_at_a_time(shown: Sequence[Shown], shift: int, title: str) -> Iterator[list[Question]]:
