@@ -71,7 +71,7 @@ def latent_projector_reference(
 
 
 class FusedProjector(torch.autograd.Function):
-    """The Triton form with its backward."""
+    """The Triton form with its backward, which runs under the autocast of its forward: the same products in 16 bits."""
 
     @staticmethod
     def forward(
@@ -82,6 +82,8 @@ class FusedProjector(torch.autograd.Function):
         y, kept = gpu.forward(z, ProjectorWeights(*weights), eps, dropout, seed)
         ctx.save_for_backward(z, *weights, *kept)
         ctx.dropout, ctx.seed = dropout, seed
+        kind = z.device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         return y
 
     @staticmethod
@@ -91,14 +93,15 @@ class FusedProjector(torch.autograd.Function):
 
         z, *saved = ctx.saved_tensors
         weights, kept = ProjectorWeights(*saved[:6]), gpu.Kept(*saved[6:])
-        grad_z, grads = gpu.backward(grad_y.contiguous(), z, weights, kept, ctx.dropout, ctx.seed)
+        with torch.autocast(*ctx.autocast):
+            grad_z, grads = gpu.backward(grad_y.contiguous(), z, weights, kept, ctx.dropout, ctx.seed)
         return (grad_z, None, None, None, *grads)
 
 
 def latent_projector(
     z: torch.Tensor, weights: ProjectorWeights, eps: float = 1e-5, dropout: float = 0.0, seed: int = 0
 ) -> torch.Tensor:
-    """z: [M, d].  Returns [M, v].  One dtype, all contiguous.
+    """z: [M, d].  Returns [M, v].  One dtype, all contiguous; under autocast in fp32, for products in its dtype.
 
     dropout: probability, 0 outside training.  seed: in [0, 2^63), a new one for each training step.
     Raises ValueError on disagreeing shapes, dtypes or devices, or a dropout outside [0, 1).

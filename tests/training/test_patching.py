@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,20 +34,24 @@ K, WIDTH = 3, 4
 class Known:
     """Thinks of a picture's number and a question's number, and answers with the number of the picture in words.
 
-    It looks at the picture where follows_latents is False, else at its first latent.
+    It looks at the picture where follows_latents is False, else at its first latent. thought: written before each
+    answer, with a number of its own.
     """
 
     weights = None
+    processor = SimpleNamespace(tokenizer=lambda text: {"input_ids": text.split()})
 
-    def __init__(self, follows_latents):
+    def __init__(self, follows_latents, thought=""):
         self.follows_latents = follows_latents
+        self.thought = thought
         self.given = []
+        self.answers = itertools.count()
 
     def prepare(self, picture, question):
         return int(picture[0, 0, 0]), int(question)
 
     def run(self, prompts, k, max_new_tokens, latents=None):
-        assert max_new_tokens >= 16
+        assert max_new_tokens == 24 + 2 * 3, "the chain has three words"
         self.given += latents or []
         answers = []
         for index, (picture, question) in enumerate(prompts):
@@ -54,7 +60,8 @@ class Known:
             own[: len(given)] = given
             read = own[0, 0] if self.follows_latents or len(given) == k else picture
             usage, timings = Usage(1, 0, k, 1), Timings(0.0, 0.0, 0.0, 0.0, 0.0)
-            answers.append(Answer(f"number  {float(read):g}", [1], "stop", own, usage, timings))
+            thought = self.thought and f"{self.thought} {next(self.answers)}\n</think>\n"
+            answers.append(Answer(f"{thought}number  {float(read):g}", [1], "stop", own, usage, timings))
         return answers
 
 
@@ -64,11 +71,17 @@ def shown(count):
     for number in range(count):
         answers = [("x", False), (f"Number {number}", True), (f"number {number}", True)]
         samples = [
-            Sample(str(place), answer, "yesno" if place < 2 else "location", "t", "organ", ("a",), closed)
+            Sample(str(place), answer, "yesno" if place < 2 else "location", "t", "organ", ("a b", "c"), closed)
             for place, (answer, closed) in enumerate(answers)
         ]
         pictures.append(Shown(np.full((2, 2, 3), number, np.uint8), "ct", samples))
     return pictures
+
+
+def test_answers_are_compared_not_the_thoughts_written_before_them():
+    for follows_latents in (False, True):
+        quiet, aloud = (Known(follows_latents, thought) for thought in ("", "It is thought number"))
+        assert patch_latents(aloud, shown(3), K) == patch_latents(quiet, shown(3), K)
 
 
 @pytest.mark.parametrize("count", [2, 19])  # 19: of more than one part

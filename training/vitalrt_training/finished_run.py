@@ -69,7 +69,10 @@ def _supervised(recipe: VitalRecipe, model: VitalModel, tables: Tables) -> tuple
     """The losses that trained scaffolding: those switched on that had latents and something to hold them to."""
     rows = tables.select("train")
     has_chains = bool(tables.num_steps[rows].any())
-    thinks = any(recipe.k_weights[1:]) if recipe.k_weights else has_chains and recipe.longest != 0
+    if recipe.longest is None:
+        thinks = has_chains
+    else:
+        thinks = any(recipe.k_weights[1:]) if recipe.k_weights else recipe.longest > 0
     has_targets = {"text": has_chains, "visual": bool(has_feature(tables, rows).any())}
     return tuple(name for name in SUPERVISED if model.weight_of(name) and thinks and has_targets[name])
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,7 +24,8 @@ from vitalrt.engine.request import Answer
 from vitalrt.errors import VitalError
 from vitalrt.inputs.prompt import Prompt
 from vitalrt_training.data.phantom import Sample
-from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, Shown, is_right, questions_at_a_time
+from vitalrt_training.evaluate import Shown, is_right, questions_at_a_time, room_for
+from vitalrt_training.written import answer_of
 
 OWN, MEAN, OTHER_PICTURE, OTHER_QUESTION = "own", "mean", "other_picture", "other_question"
 NOISE, ZEROS, LAST_TOO = "noise", "zeros", "other_picture_last_too"
@@ -44,6 +45,15 @@ Given = Callable[[int], torch.Tensor]
 """Of a question, by its number, the latents that stand for its own: [J, d]."""
 
 
+class Asked(NamedTuple):
+    """Closed questions.  pictures: the number of each one's own.  room: tokens that may be written."""
+
+    prompts: list[Prompt]
+    samples: list[Sample]
+    pictures: list[int]
+    room: int
+
+
 def patch_latents(model: Model, shown: Sequence[Shown], k: int) -> dict[str, Any]:
     """Closed questions only, greedy, with k latent steps.
 
@@ -59,25 +69,27 @@ def patch_latents(model: Model, shown: Sequence[Shown], k: int) -> dict[str, Any
     pictures: list[int] = []
     own: list[Answer] = []
     other: list[Answer] = []
-    for prompts, closed, numbers in _closed_at_a_time(model, shown, 0, f"k={k}"):
-        samples += closed
-        pictures += numbers
-        own += model.run(prompts, k, MAX_ANSWER_TOKENS)
+    for asked in _closed_at_a_time(model, shown, 0, f"k={k}"):
+        samples += asked.samples
+        pictures += asked.pictures
+        own += model.run(asked.prompts, k, asked.room)
     if len(set(pictures)) < 2:
         raise VitalError(f"pictures: expected at least 2 with closed questions, got {len(set(pictures))}")
-    for prompts, _, _ in _closed_at_a_time(model, shown, 1, f"k={k}, another picture"):
-        other += model.run(prompts, k, MAX_ANSWER_TOKENS)
+    for asked in _closed_at_a_time(model, shown, 1, f"k={k}, another picture"):
+        other += model.run(asked.prompts, k, asked.room)
     kinds = _kinds_of_latents(samples, pictures, own, other)
     found: dict[str, list[str]] = {kind: [] for kind in kinds}
-    for prompts, _, _ in _closed_at_a_time(model, shown, 0, f"k={k}, other latents"):
+    for asked in _closed_at_a_time(model, shown, 0, f"k={k}, other latents"):
         for kind, given in kinds.items():
             first = len(found[kind])
-            latents = [given(first + n) for n in range(len(prompts))]
-            found[kind] += [answer.text for answer in model.run(prompts, k, MAX_ANSWER_TOKENS, latents=latents)]
+            latents = [given(first + n) for n in range(len(asked.prompts))]
+            found[kind] += [answer.text for answer in model.run(asked.prompts, k, asked.room, latents=latents)]
     return {
         "k": k,
         "closed_questions": len(samples),
-        "answers_that_differ": sum(mine.text != theirs.text for mine, theirs in zip(own, other, strict=True)),
+        "answers_that_differ": sum(
+            answer_of(mine.text) != answer_of(theirs.text) for mine, theirs in zip(own, other, strict=True)
+        ),
         "latents": {kind: _outcome(samples, own, other, texts) for kind, texts in found.items()},
     }
 
@@ -98,14 +110,18 @@ def print_patched(report: dict[str, Any]) -> None:
     console.print(table)
 
 
-def _closed_at_a_time(
-    model: Model, shown: Sequence[Shown], shift: int, title: str
-) -> Iterator[tuple[list[Prompt], list[Sample], list[int]]]:
-    """Prompts, samples and numbers of pictures of closed questions.  shift, title: as in questions_at_a_time."""
+def _closed_at_a_time(model: Model, shown: Sequence[Shown], shift: int, title: str) -> Iterator[Asked]:
+    """shift, title: as in questions_at_a_time."""
     for asked in questions_at_a_time(shown, shift, title):
         closed = [one for one in asked if one.sample.closed]
-        prompts = [model.prepare(one.picture, one.sample.question) for one in closed]
-        yield prompts, [one.sample for one in closed], [one.number for one in closed]
+        if not closed:
+            continue
+        yield Asked(
+            [model.prepare(one.picture, one.sample.question) for one in closed],
+            [one.sample for one in closed],
+            [one.number for one in closed],
+            max(room_for(model, one.sample) for one in closed),
+        )
 
 
 def _kinds_of_latents(
@@ -149,11 +165,14 @@ def _outcome(
     by_type: defaultdict[str, list[bool]] = defaultdict(list)
     for sample, hit in zip(samples, hits, strict=True):
         by_type[sample.question_type].append(hit)
-    together = list(zip(own, other, texts, strict=True))
+    together = [
+        tuple(map(answer_of, (mine.text, theirs.text, text)))
+        for mine, theirs, text in zip(own, other, texts, strict=True)
+    ]
     return {
         "accuracy": _share(hits),
-        "unchanged": _share([text == mine.text for mine, _, text in together]),
-        "follows": _share([text == theirs.text for mine, theirs, text in together if mine.text != theirs.text]),
+        "unchanged": _share([answer == mine for mine, _, answer in together]),
+        "follows": _share([answer == theirs for mine, theirs, answer in together if mine != theirs]),
         "by_type": {kind: _share(found) for kind, found in sorted(by_type.items())},
     }
 

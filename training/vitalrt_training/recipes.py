@@ -111,11 +111,12 @@ SCHEDULES: dict[str, tuple[Phase, ...]] = {
     "full_mix": (Phase(0, ALL, 20),),
     "reverse": (Phase(4, ALL, 5), Phase(2, ALL, 5), Phase(0, ALL, 10)),
     "no_latents": (Phase(0, ALL, 20, k=0),),
-    "coconut": tuple(Phase(0, ALL, 4, k) for k in range(5)),
+    "coconut": (*(Phase(0, ALL, 2.5, k) for k in range(4)), Phase(0, ALL, 10, 4)),
 }
 """The first four are those of VITAL table 3. The paper gives the epochs of the first, all others get as many together;
 "reverse starts from K=4 and decreases" is read as K = 4, then K >= 2, then all. "coconut" is the curriculum of Coconut
-(Hao et al. 2024, section 3): a latent takes the place of one more written step in each phase, up to VITAL's K = 4."""
+(Hao et al. 2024, section 3): in each phase a latent takes the place of one more written step, up to VITAL's K = 4, and
+there it stays longest. As in VITAL there are no tokens around the latents."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,10 @@ class VitalRecipe:
         if self.k_weights and self._k_of_phases:
             raise VitalError(
                 f"k_weights: expected none with schedule {self.schedule}, which says k itself, got {self.k_weights}"
+            )
+        if self.written and not self.k_weights and not self._k_of_phases:
+            raise VitalError(
+                f"written: expected k_weights, or a schedule that says k; with {self.schedule} every step is a latent"
             )
         if not 0 <= self.final_rate <= 1:
             raise VitalError(f"final_rate: expected 0 to 1, got {self.final_rate}")
@@ -290,7 +295,7 @@ def as_direct(recipe: VitalRecipe) -> VitalRecipe:
         text_decoder=TINY,  # nothing trains it
         losses=replace(recipe.losses, text_weight=0.0, visual_weight=0.0),
         schedule="no_latents",
-        epochs=_shared_out(recipe.epochs, 1),
+        epochs=_shared_out(recipe.epochs, "no_latents"),
         k_weights=(),
     )
 
@@ -302,18 +307,22 @@ def as_cot(recipe: VitalRecipe) -> VitalRecipe:
 
 def as_coconut(recipe: VitalRecipe) -> VitalRecipe:
     """Coconut (Hao et al. 2024, arXiv 2412.06769): latents replace written steps one by one, unsupervised."""
-    schedule = "coconut"
-    return replace(as_cot(recipe), schedule=schedule, epochs=_shared_out(recipe.epochs, len(SCHEDULES[schedule])))
+    return replace(as_cot(recipe), schedule="coconut", epochs=_shared_out(recipe.epochs, "coconut"))
 
 
 def as_sim_cot(recipe: VitalRecipe) -> VitalRecipe:
-    """SIM-CoT over Coconut (Wei et al. 2025, arXiv 2509.20317): a text decoder reads its step from every latent."""
+    """SIM-CoT over Coconut (Wei et al. 2025, arXiv 2509.20317): a text decoder reads its step from every latent.
+
+    From the first latent on: not, as the authors' own training does, after one of Coconut alone.
+    """
     losses = replace(recipe.losses, visual_weight=0.0)
     return replace(as_coconut(recipe), text_decoder=recipe.text_decoder, losses=losses)
 
 
-def _shared_out(epochs: tuple[float, ...], num_phases: int) -> tuple[float, ...]:
-    return (sum(epochs) / num_phases,) * num_phases if epochs else ()
+def _shared_out(epochs: tuple[float, ...], schedule: str) -> tuple[float, ...]:
+    """As many in all, in the proportions of the schedule."""
+    planned = [phase.epochs for phase in SCHEDULES[schedule]]
+    return tuple(sum(epochs) * share / sum(planned) for share in planned) if epochs else ()
 
 
 BASELINES: dict[str, Callable[[VitalRecipe], VitalRecipe]] = {

@@ -129,13 +129,13 @@ def _layer_norm_backward(
 def forward(
     z: torch.Tensor, weights: ProjectorWeights, eps: float, dropout: float, seed: int
 ) -> tuple[torch.Tensor, Kept]:
-    n, mean_in, rstd_in = _normalise(z, weights.norm_in_weight, weights.norm_in_bias, eps)
+    n, mean_in, rstd_in = _normalise(z, weights.norm_in_weight, weights.norm_in_bias, eps, z.dtype)
     a = n @ weights.w1.T
     h = torch.empty_like(z)
     if z.numel():
         _gelu_residual[_cells(z)](a, z, h, *_dropout_arguments(z, dropout, seed), BLOCK=GELU_BLOCK)
     o = h @ weights.w2.T
-    y, mean_out, rstd_out = _normalise(o, weights.norm_out_weight, weights.norm_out_bias, eps)
+    y, mean_out, rstd_out = _normalise(o, weights.norm_out_weight, weights.norm_out_bias, eps, z.dtype)
     return y, Kept(a, o, mean_in, rstd_in, mean_out, rstd_out)
 
 
@@ -169,9 +169,10 @@ def _dropout_arguments(z: torch.Tensor, dropout: float, seed: int) -> tuple[int,
 
 
 def _normalise(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    y = torch.empty_like(x)
+    """y of the given dtype: under autocast x is of another than what the caller sees."""
+    y = torch.empty_like(x, dtype=dtype)
     mean, rstd = x.new_empty(2, len(x), dtype=torch.float32)
     if len(x):
         block = triton.next_power_of_2(x.shape[1])
@@ -200,4 +201,4 @@ def _normalise_backward(
         x, weight, bias, mean, rstd, grad_y, added, grad_x, y, partial_weight, partial_bias, num_rows, width,
         BLOCK=block, num_warps=row_warps(block, MAX_BACKWARD_WARPS),
     )  # fmt: skip
-    return grad_x, partial_weight.sum(0).to(x.dtype), partial_bias.sum(0).to(x.dtype)
+    return grad_x, partial_weight.sum(0).to(weight.dtype), partial_bias.sum(0).to(weight.dtype)
