@@ -3,7 +3,8 @@
 python -m bench.baselines RUN... [--count 500]
 
 Each answers with its own number of latent steps, through the runtime. All are asked the same questions; those that are
-timed, one at a time from picture to text, by all in turns. What others are compared with is the first run.
+timed, one at a time from picture to text, by all in turns, so all are loaded at once. What others are compared with is
+the first run.
 """
 
 from __future__ import annotations

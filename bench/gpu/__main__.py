@@ -97,7 +97,7 @@ class Bench:
             Section("batches", needs(lambda r: requests.measure_batches(r, self.model, self.card)), 45),
             Section("profile", needs(lambda r: profile.measure(r, self.model, self.card)), 30),
             Section("int8", needs(lambda r: int8.measure(r, self.model)), 40),
-            Section("projector", needs(lambda r: projector.measure(r, self.device, self.dtype)), 60),
+            Section("projector", needs(lambda r: projector.measure(r, self.device)), 60),
             Section("product", lambda r: product.measure(r, self.device), 60),
             Section("tests", checks.run_tests, 120),
             Section("sanitizer", checks.run_sanitizer, 160),

@@ -1,4 +1,7 @@
-"""The visual projector as training uses it, forward and backward: ours, torch eager, torch.compile, in turns."""
+"""The visual projector as training uses it, forward and backward: ours, torch eager, torch.compile, in turns.
+
+On a GPU as a bf16 run does, under autocast over fp32 weights.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ ROWS = (192, 1536)  # latents of a step: 48 samples of 4 steps, and eight times 
 MINIATURE = (64, 20, (12, 24))
 DROPOUT, EPS = 0.1, 1e-5
 CALLS = 10  # timed as one
-COMPILING_S = 20.0
+COMPILING_S = 20.0  # of one form, of four
 
-Project = Callable[[torch.Tensor], torch.Tensor]
+Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
 class Eager(nn.Module):
@@ -49,76 +52,76 @@ class Ours(nn.Module):
         return latent_projector(z, self.weights, EPS, DROPOUT, seed)
 
 
-def measure(record: Record, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def measure(record: Record, device: torch.device) -> dict[str, Any]:
     """Milliseconds by rows, for the forward pass without dropout and for forward and backward with it."""
     width, features, sizes = (WIDTH, FEATURE_WIDTH, ROWS) if device.type == "cuda" else MINIATURE
-    weights = random_weights(width, features, device, dtype)
+    weights = random_weights(width, features, device)
     contenders: dict[str, nn.Module] = {"vitalrt": Ours(weights), "torch": Eager(weights)}
     skipped: dict[str, str] = {}
     if record.quick:
-        skipped["torch, compiled"] = "--quick: compiling takes a minute or more"
+        skipped["torch, compiled"] = "--quick: nothing is compiled"
     else:
         contenders["torch, compiled"] = torch.compile(Eager(weights), dynamic=False)
     ms: dict[str, Any] = {}
     with torch.enable_grad():
         for rows in sizes:
-            z = torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True)
-            for what, trains, call in (("forward", False, forward), ("forward and backward", True, backward)):
-                for name in list(contenders):
-                    contenders[name].train(trains)
-                    try:
+            z = torch.randn(rows, width, device=device, requires_grad=True)
+            for trains in (False, True):
+                calls = {name: _call(project.train(trains), z, weights) for name, project in contenders.items()}
+                try:
+                    if "torch, compiled" in calls:
                         with record.at_most(COMPILING_S):
-                            call(contenders[name], z, weights)
-                    except Exception as error:  # a compiler's, which the others need not wait for
-                        if name == "vitalrt":
-                            raise
-                        skipped[name] = in_short(error)
-                        del contenders[name]
-                ms[f"projector {what}, {rows} rows"] = _in_turns(record, contenders, call, z, weights)
+                            calls["torch, compiled"]()
+                except Exception as error:  # a compiler's, which the others need not wait for
+                    skipped["torch, compiled"] = in_short(error)
+                    del contenders["torch, compiled"], calls["torch, compiled"]
+                what = "forward and backward" if trains else "forward"
+                ms[f"projector {what}, {rows} rows"] = _in_turns(record, calls, device)
                 record.tell("projector", ms=ms)
-        difference = relative_difference(contenders, z)
-    return {"width": width, "feature_width": features, "ms": ms, "difference": difference, "skipped": skipped}
+    return {
+        "width": width,
+        "feature_width": features,
+        "ms": ms,
+        "difference": relative_difference(contenders["vitalrt"], contenders["torch"], z, weights),
+        "skipped": skipped,
+    }
 
 
-def _in_turns(
-    record: Record, contenders: dict[str, nn.Module], call: Any, z: torch.Tensor, weights: ProjectorWeights
-) -> dict[str, Any]:
-    times: dict[str, list[float]] = {name: [] for name in contenders}
+def _in_turns(record: Record, calls: dict[str, Call], device: torch.device) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
     for _ in record.rounds(15):
-        for name, project in contenders.items():
-            times[name].append(time_ms(lambda p=project: _repeat(call, p, z, weights), z.device) / CALLS)
+        for name, call in calls.items():
+            times[name].append(time_ms(lambda c=call: [c() for _ in range(CALLS)], device) / CALLS)
     return {name: spread_of(found) for name, found in times.items()}
 
 
-def _repeat(call: Any, project: Project, z: torch.Tensor, weights: ProjectorWeights) -> None:
-    for _ in range(CALLS):
-        call(project, z, weights)
+def _call(project: nn.Module, z: torch.Tensor, weights: ProjectorWeights) -> Call:
+    """In training the gradients of z and of all weights; else only the result, with nothing kept for them."""
+
+    def call() -> tuple[torch.Tensor, ...]:
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.device.type == "cuda"):
+            if not project.training:
+                with torch.no_grad():
+                    return (project(z),)
+            out = project(z)
+        return torch.autograd.grad(out, (z, *weights), torch.ones_like(out))
+
+    return call
 
 
-def forward(project: Project, z: torch.Tensor, weights: ProjectorWeights) -> torch.Tensor:
-    """Keeps nothing for a backward pass."""
-    with torch.no_grad():
-        return project(z)
+def relative_difference(ours: nn.Module, eager: nn.Module, z: torch.Tensor, weights: ProjectorWeights) -> float:
+    """Without dropout: the norm of the difference over the norm."""
+    (mine,), (theirs,) = (_call(project.eval(), z, weights)() for project in (ours, eager))
+    return round(float((mine.float() - theirs.float()).norm() / theirs.float().norm()), 6)
 
 
-def backward(project: Project, z: torch.Tensor, weights: ProjectorWeights) -> tuple[torch.Tensor, ...]:
-    """Gradients of z and of all weights."""
-    out = project(z)
-    return torch.autograd.grad(out, (z, *weights), torch.ones_like(out))
-
-
-def relative_difference(contenders: dict[str, nn.Module], z: torch.Tensor) -> float:
-    """Of ours from torch's, without dropout: the norm of the difference over the norm."""
-    with torch.no_grad():
-        mine, theirs = (contenders[name].eval()(z).float() for name in ("vitalrt", "torch"))
-    return round(float((mine - theirs).norm() / theirs.norm()), 6)
-
-
-def random_weights(width: int, features: int, device: torch.device, dtype: torch.dtype) -> ProjectorWeights:
+def random_weights(width: int, features: int, device: torch.device) -> ProjectorWeights:
     """As a projector has them in training: of a linear layer's own scale, norms around 1."""
 
     def draw(*shape: int, mean: float = 0.0, std: float = 0.1) -> torch.Tensor:
-        return (mean + std * torch.randn(*shape, device=device)).to(dtype).requires_grad_()
+        return (mean + std * torch.randn(*shape, device=device)).requires_grad_()
 
     return ProjectorWeights(
         draw(width, mean=1.0),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +15,14 @@ from bench import baselines
 from vitalrt.errors import VitalError
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training import evaluate as evaluation
+from vitalrt_training import finished_run
 from vitalrt_training.backbone import TINY
-from vitalrt_training.data.phantom import draw_phantom
-from vitalrt_training.data.tables import load_tables
-from vitalrt_training.evaluate import Outcome, TablePictures, evaluate, is_right
+from vitalrt_training.data.phantom import Sample, draw_phantom
+from vitalrt_training.data.tables import SAMPLES_SCHEMA, load_tables, write_rows
+from vitalrt_training.evaluate import Outcome, Shown, TablePictures, evaluate, is_right
 from vitalrt_training.losses import IGNORED, LossConfig
 from vitalrt_training.plan import plan
+from vitalrt_training.probes import probe
 from vitalrt_training.recipes import (
     BASELINES,
     RECIPES,
@@ -91,6 +95,7 @@ def test_each_has_its_losses_and_as_many_epochs(recipe):
         "coconut": 0.0,
         "sim_cot": own.losses.text_weight,
     }
+    assert [phase.epochs for phase in derived["coconut"].phases] == pytest.approx([0.25, 0.25, 0.25, 0.25, 1.0])
     assert [one.longest for one in derived.values()] == [0, 0, 4, 4]
     assert (own.longest, recipe.longest) == (1, None)
     assert sum(phase.epochs for phase in as_coconut(vital_8b()).phases) == 20
@@ -116,6 +121,9 @@ def test_recipes_of_baselines_go_by_the_name_of_what_they_are_compared_with():
     assert RECIPES["sim_cot_2b"]().text_decoder == "Qwen/Qwen3-0.6B"
     with pytest.raises(VitalError, match="k_weights: expected none with schedule coconut, which says k itself"):
         with_settings(as_coconut(phantom()), {"k_weights": "1,1"})
+    with pytest.raises(VitalError, match="written: expected k_weights, or a schedule that says k; with three_phase"):
+        with_settings(vital_8b(), {"written": "true"})
+    assert with_settings(phantom(), {"written": "true"}).written  # where a batch thinks less than its chains are long
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +135,14 @@ def with_validation(recipe, write_tables, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_a_baseline_is_trained_and_evaluated_with_its_own_k(with_validation, tmp_path, name):
+def test_a_baseline_is_trained_and_evaluated_with_its_own_k(with_validation, tmp_path, name, monkeypatch):
+    probed = []
+
+    def spy(model, batches, num_steps):
+        probed.extend(batches)
+        return probe(model, batches, num_steps)
+
+    monkeypatch.setattr(finished_run, "probe", spy)
     derived = BASELINES[name](with_validation)
     derived = replace(derived, epochs=(0.2,) * len(derived.phases))
     adapter = train_vital(derived, tmp_path)
@@ -135,6 +150,7 @@ def test_a_baseline_is_trained_and_evaluated_with_its_own_k(with_validation, tmp
     ks = list(dict.fromkeys(line["k"] for line in lines))
     assert ks == [phase.k for phase in derived.phases]
     assert all(("loss_text" in line) == (name == "sim_cot" and line["k"] > 0) for line in lines)
+    assert {int(k) for batch in probed for k in batch.num_steps} == {derived.longest}
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert report["variant"] == variant_of(asdict(derived))
     assert list(report["evaluation"]["by_k"]) == [str(k) for k in range(derived.longest + 1)]
@@ -146,8 +162,22 @@ def test_a_baseline_is_trained_and_evaluated_with_its_own_k(with_validation, tmp
     assert (derived.text_decoder == TINY) == (name != "sim_cot")
 
 
+def test_what_never_thinks_trains_no_scaffolding_and_what_does_needs_no_chains(recipe, write_tables, tmp_path):
+    both = LossConfig()
+    for name, derive, expected in (("direct", as_direct, ()), ("coconut", as_coconut, ("visual",))):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tables(folder, [draw_phantom("train", 5, 0)], "train")
+        if name == "coconut":  # with latents that no chain asks for
+            rows = [sample | {"chain": []} for sample in load_tables(folder).samples]
+            write_rows(folder / "samples.parquet", rows, SAMPLES_SCHEMA)
+        derived = replace(derive(recipe), data=str(folder), losses=both, text_decoder=TINY)
+        directory = train_vital(replace(derived, epochs=(1.0,) * len(derived.phases)), folder / "run")
+        assert Scaffold.load(directory).supervised == expected
+
+
 def test_evaluation_counts_the_tokens_and_reads_the_answer_after_the_thought(recipe, monkeypatch):
-    """Each question is answered rightly after a thought, with as many tokens as it has latent steps."""
+    """Each question is answered rightly after a thought, with ten tokens more for every latent step."""
     shown = TablePictures(load_tables(recipe.data), "train")
 
     def thoughtful(model, shown, k, shift):
@@ -184,7 +214,8 @@ def test_a_plan_counts_what_is_written_and_leaves_out_what_is_not_trained(recipe
     assert cot.tokens_per_sample == [300 + 920]
     falling = coconut.tokens_per_sample
     assert falling == sorted(falling, reverse=True) and (falling[0], falling[-1]) == (300 + 920, 300)
-    assert coconut.steps == [52_199 // 48 * 4] * 5
+    assert coconut.steps == [int(52_199 // 48 * 2.5)] * 4 + [52_199 // 48 * 10]
+    assert coconut.activation_bytes == cot.activation_bytes  # of the phase that writes most
     assert set(plan(as_sim_cot(vital_8b())).parameters) == {"backbone (frozen)", "LoRA", "pj_in", "text decoder"}
     direct, written = plan(as_direct(recipe)).tokens_per_sample, plan(as_cot(recipe)).tokens_per_sample
     tokenizer = vitalrt.load(recipe.backbone, device="cpu").processor.tokenizer
@@ -197,15 +228,56 @@ def test_a_plan_counts_what_is_written_and_leaves_out_what_is_not_trained(recipe
     assert written[0] - direct[0] == pytest.approx(sum(added) / len(added))
 
 
-def test_a_model_that_writes_its_thought_learns_from_the_written_steps(recipe, tmp_path):
-    """Coconut's latents get their gradient through what is written after them."""
+def test_written_steps_teach_the_latents_before_them(recipe, tmp_path):
+    """Coconut's latents get their gradient through what is written after them, of which the answer is the end alone."""
     run = VitalRun(as_coconut(recipe), tmp_path, Accelerator())
     row = next(row for row in range(len(run.tables.samples)) if run.tables.num_steps[row] == 3)
     batch = run.collator.collate([row], k=2)
     loop = run.model.think(batch)
-    loss = torch.nn.functional.cross_entropy(loop.logits[0], batch.prompt.answer_ids[0])
+    third = run.collator.collator.processor.tokenizer(run.tables.samples[row]["chain"][2])["input_ids"]
+    ids = batch.prompt.answer_ids[0, : len(third)]
+    assert ids.tolist() == third
+    loss = torch.nn.functional.cross_entropy(loop.logits[0, : len(third)], ids)
     gradients = torch.autograd.grad(loss, loop.latents)
     assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_runs_take_turns_and_are_asked_with_their_own_k(monkeypatch):
+    asked = []
+
+    class Counting:
+        processor = SimpleNamespace(tokenizer=lambda text: {"input_ids": text.split()})
+
+        def __init__(self, k):
+            self.checkpoint = SimpleNamespace(vital=SimpleNamespace(k=k))
+
+        def generate(self, picture, question, k, max_new_tokens):
+            asked.append((self.checkpoint.vital.k, k, int(picture[0, 0, 0])))
+
+    runs = [baselines.Run(str(k), "VITAL", {}, 0, 0.0, Counting(k)) for k in (0, 4, 2)]
+    pictures = [np.full((1, 1, 3), number, np.uint8) for number in range(4)]
+    samples = [Sample("?", "a", "describe", "t", "organ", (), False), Sample("?", "a", "yesno", "t", "organ", (), True)]
+    shown = [Shown(picture, "ct", samples) for picture in pictures]
+    times = baselines.time_in_turns(runs, shown, count=3)
+    assert [len(found) for found in times] == [3, 3, 3]
+    assert all(own == used for own, used, _ in asked)
+    warm, timed = asked[:3], asked[3:]
+    assert {number for *_, number in warm} == {3}
+    assert [(own, number) for own, _, number in timed] == [
+        *((0, 0), (4, 0), (2, 0)),
+        *((4, 1), (2, 1), (0, 1)),
+        *((2, 2), (0, 2), (4, 2)),
+    ]
+    evaluated = []
+
+    def note(model, shown, k, shift):
+        evaluated.append((k, shift))
+        return [Outcome(sample, "ct", "a", 1) for sample in samples]
+
+    monkeypatch.setattr(baselines, "ask_all", note)
+    answered = baselines.answer_all(runs[1], shown)
+    assert evaluated == [(4, 0), (4, 1)]
+    assert [len(answered.own), len(answered.shuffled)] == [1, 1]  # the open one does not count
 
 
 def test_runs_are_measured_beside_the_first(with_validation, tmp_path, capsys):

@@ -54,6 +54,10 @@ def labels(*reports):
     return {condition.label: condition.seeds for condition in conditions}
 
 
+def test_written_steps_are_told_by_the_variant_alone():
+    assert list(labels(make_report(written=False), make_report(written=True))) == ["VITAL, three_phase"]
+
+
 def test_seeds_are_one_condition_and_whatever_else_varies_another():
     assert labels(make_report(seed=0), make_report(seed=3)) == {"VITAL, three_phase": [0, 3]}
     variants = labels(*(make_report(variant) for variant in WEIGHTS), make_report(schedule="full_mix"))

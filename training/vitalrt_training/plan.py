@@ -22,6 +22,7 @@ from vitalrt_training.adapter import attach_adapter
 from vitalrt_training.backbone import TINY, tiny_decoder_config
 from vitalrt_training.data.batches import Asked, Collator
 from vitalrt_training.data.tables import Tables, load_tables
+from vitalrt_training.losses import IGNORED
 from vitalrt_training.recipes import Phase, VitalRecipe
 from vitalrt_training.written import write_out
 
@@ -162,18 +163,16 @@ def mean_tokens(recipe: VitalRecipe, tables: Tables) -> list[float]:
     """
     collator = Collator(resolve(recipe.backbone, "backbone"))
     rows = tables.select("train")[:: max(1, len(tables.select("train")) // SAMPLES_TOKENIZED)]
-    means = []
-    for phase in recipe.phases:
-        lengths = []
-        for row in rows.tolist():
-            sample = tables.samples[row]
-            num_steps = len(sample["chain"]) if phase.k is None else phase.k
-            answer = write_out(sample["chain"][num_steps:], sample["answer"]) if recipe.written else sample["answer"]
-            batch = collator.collate([Asked([tables.read_picture(row)], [(sample["question"], answer)])])
-            tokens = batch.prefix.ids.numel() + batch.question.ids.numel() + batch.answer_ids.numel()
-            lengths.append(tokens + num_steps)
-        means.append(float(np.mean(lengths)))
-    return means
+    lengths = np.zeros((len(rows), len(recipe.phases)))
+    for sampled, row in enumerate(rows.tolist()):
+        sample = tables.samples[row]
+        chain, picture = sample["chain"], tables.read_picture(row)
+        steps = [len(chain) if phase.k is None else phase.k for phase in recipe.phases]
+        written = [write_out(chain[k:] if recipe.written else (), sample["answer"]) for k in steps]
+        batch = collator.collate([Asked([picture], [(sample["question"], text) for text in written])])
+        prompt = batch.prefix.ids.numel() + batch.question.ids.shape[1]
+        lengths[sampled] = prompt + (batch.answer_ids != IGNORED).sum(1).numpy() + steps
+    return [float(mean) for mean in lengths.mean(0)]
 
 
 def num_parameters(module: nn.Module) -> int:

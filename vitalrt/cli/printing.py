@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
-
-from rich.console import Console
-
-from vitalrt.errors import VitalError
 
 if TYPE_CHECKING:
     from vitalrt.engine.request import Answer, Request
@@ -56,29 +50,3 @@ def print_steps(explanation: Explanation) -> None:
     for what, why in explanation.missing.items():
         print(f"No {what}: {why}")
     print(explanation.notice)
-
-
-def print_model_cost(arguments: argparse.Namespace) -> None:
-    """`bench --model-cost`: for all known cards, one of them, or one of the given bandwidth."""
-    from vitalrt.model_cost import CARDS, DEFAULT_MODEL, Card, ModelCost
-
-    if arguments.bandwidth is not None:
-        if arguments.card is not None or not 0 < arguments.bandwidth < float("inf"):
-            raise VitalError(f"--bandwidth: expected GB/s above 0 and no --card, got {arguments.bandwidth}")
-        cards = [Card(f"{arguments.bandwidth:g} GB/s", arguments.bandwidth * 1e9, None, "as given")]
-    elif arguments.card is not None:
-        if arguments.card not in CARDS:
-            raise VitalError(f"--card: expected one of {sorted(CARDS)}, got {arguments.card!r}")
-        cards = [CARDS[arguments.card]]
-    else:
-        cards = list(CARDS.values())
-    cost = ModelCost.of(
-        arguments.model or DEFAULT_MODEL,
-        context=arguments.context or 0,
-        batch=1 if arguments.batch is None else arguments.batch,
-        dtype="int8" if arguments.int8 else "bf16" if arguments.dtype == "auto" else arguments.dtype,
-    )
-    if arguments.json:
-        print(json.dumps(cost.record(cards), indent=2))
-    else:
-        Console().print(cost.operations_table(), cost.floors_table(cards), sep="\n")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from vitalrt.cli.printing import answer_record, print_answer, print_model_cost, print_steps
+from vitalrt.cli.printing import answer_record, print_answer, print_steps
 from vitalrt.errors import VitalError
 from vitalrt.serve.settings import ServeConfig, read_api_keys
 
@@ -99,7 +99,7 @@ def info(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """Latency of K = 0, 1, 2, 4 and of written chains of thought; with --model-cost, what a step has to move."""
     if arguments.model_cost:
-        print_model_cost(arguments)
+        _print_model_cost(arguments)
         return
     import numpy as np
 
@@ -335,6 +335,32 @@ def _read_batch(arguments: argparse.Namespace) -> list[Request]:
             raise VitalError(f"--batch: {arguments.batch.name} line {number}: {expected}") from error
         requests.append(_request(arguments, image, question, k))
     return requests
+
+
+def _print_model_cost(arguments: argparse.Namespace) -> None:
+    """`bench --model-cost`: for all known cards, one of them, or one of the given bandwidth."""
+    from vitalrt.model_cost import CARDS, DEFAULT_MODEL, Card, ModelCost
+
+    if arguments.bandwidth is not None:
+        if arguments.card is not None or not 0 < arguments.bandwidth < float("inf"):
+            raise VitalError(f"--bandwidth: expected GB/s above 0 and no --card, got {arguments.bandwidth}")
+        cards = [Card(f"{arguments.bandwidth:g} GB/s", arguments.bandwidth * 1e9, None, "as given")]
+    elif arguments.card is not None:
+        if arguments.card not in CARDS:
+            raise VitalError(f"--card: expected one of {sorted(CARDS)}, got {arguments.card!r}")
+        cards = [CARDS[arguments.card]]
+    else:
+        cards = list(CARDS.values())
+    cost = ModelCost.of(
+        arguments.model or DEFAULT_MODEL,
+        context=arguments.context or 0,
+        batch=1 if arguments.batch is None else arguments.batch,
+        dtype="int8" if arguments.int8 else "bf16" if arguments.dtype == "auto" else arguments.dtype,
+    )
+    if arguments.json:
+        print(json.dumps(cost.record(cards), indent=2))
+    else:
+        Console().print(cost.operations_table(), cost.floors_table(cards), sep="\n")
 
 
 def _setting(text: str) -> tuple[str, str]:

@@ -82,7 +82,7 @@ class VitalCollator:
             if image != image_of_last:
                 asked.append(Asked([self.tables.read_picture(row)], []))
                 image_of_last = image
-            answer = write_out(sample["chain"][thought:], sample["answer"]) if self.written else sample["answer"]
+            answer = write_out(sample["chain"][thought:] if self.written else (), sample["answer"])
             asked[-1] = Asked(asked[-1].pictures, [*asked[-1].questions, (sample["question"], answer)])
         chains = [sample["chain"][:k] for sample in samples]
         features = [sample["roi_feature"] for sample in samples]
