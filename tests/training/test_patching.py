@@ -82,6 +82,7 @@ def test_answers_are_compared_not_the_thoughts_written_before_them():
     for follows_latents in (False, True):
         quiet, aloud = (Known(follows_latents, thought) for thought in ("", "It is thought number"))
         assert patch_latents(aloud, shown(3), K) == patch_latents(quiet, shown(3), K)
+        assert patch_latents(aloud, shown(1) * 2, K)["answers_that_differ"] == 0
 
 
 @pytest.mark.parametrize("count", [2, 19])  # 19: of more than one part
