@@ -49,6 +49,8 @@ from vitalrt_training.evaluate import (
 from vitalrt_training.plots import SEQUENCE, new_figure
 from vitalrt_training.report import variant_of
 
+Z_95 = 1.96  # deviations of a normal distribution that leave 5 % outside
+
 
 @dataclass(frozen=True)
 class Run:
@@ -172,7 +174,7 @@ def row(run: Run, answered: Answered, times: list[float], first: Answered, first
 
 
 def print_result(result: dict[str, Any]) -> None:
-    console = Console()
+    console = Console(width=120)
     console.print(
         f"{result['closed_questions']:,} closed questions about {result['phantoms']:,} {result['split']} phantoms, "
         f"seed {result['seed']}; the most common answer of each type is right in {result['majority_accuracy']:.1%}. "
@@ -201,22 +203,25 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any]) -> Figure:
-    """Accuracy over the median time of a question, p20 to p80 as a line."""
+    """Accuracy over the median time of a question, with what chance leaves open of the one and p20 to p80 of the other."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
     for index, one in enumerate(result["runs"]):
         ms, colour = one["ms"], SEQUENCE[index % len(SEQUENCE)]
-        axes.plot([ms["p20"], ms["p80"]], [one["accuracy"]] * 2, color=colour, linewidth=2, alpha=0.5)
+        share = one["accuracy"]
+        margin = Z_95 * (share * (1 - share) / result["closed_questions"]) ** 0.5
+        axes.plot([ms["p20"], ms["p80"]], [share] * 2, color=colour, linewidth=2, alpha=0.5)
+        axes.plot([ms["p50"]] * 2, [share - margin, share + margin], color=colour, linewidth=1, alpha=0.5)
         written = f"{one['tokens']:.0f} token{'' if round(one['tokens']) == 1 else 's'}"
         label = f"{one['variant']} ({one['run']}): K = {one['k']}, {written} written"
-        axes.plot(ms["p50"], one["accuracy"], "o", color=colour, markersize=8, markeredgecolor="white", label=label)
+        axes.plot(ms["p50"], share, "o", color=colour, markersize=8, markeredgecolor="white", label=label)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
-    axes.set_xlabel("milliseconds from picture to answer, one question at a time")
-    axes.set_ylabel("accuracy (the axis need not start at 0)")
+    axes.set_xlabel("milliseconds from picture to answer, one question at a time (median, p20 to p80)")
+    axes.set_ylabel("accuracy, 95 % interval (the axis need not start at 0)")
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
     axes.margins(0.12)
