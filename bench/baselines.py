@@ -203,7 +203,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def plot(result: dict[str, Any]) -> Figure:
-    """Accuracy over the median time of a question, with what chance leaves open of the one and p20 to p80 of the other."""
+    """Accuracy over the median time of a question; as lines, chance for the one and p20 to p80 for the other."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
     for index, one in enumerate(result["runs"]):
@@ -221,7 +221,7 @@ def plot(result: dict[str, Any]) -> Figure:
     axes.tick_params(axis="x", which="both", labelsize=8)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
     axes.set_xlabel("milliseconds from picture to answer, one question at a time (median, p20 to p80)")
-    axes.set_ylabel("accuracy, 95 % interval (the axis need not start at 0)")
+    axes.set_ylabel("accuracy, 95 % interval (need not start at 0)")
     axes.grid(color="#eeeeee")
     axes.set_axisbelow(True)
     axes.margins(0.12)
