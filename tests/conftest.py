@@ -36,6 +36,11 @@ VOCAB_SIZE = NUM_TEXT_IDS + 4
 Grid = tuple[int, int, int]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, so that no process is left alone with it while the others are done."""
+    items.sort(key=lambda item: not item.name.startswith("test_kernels_as_compiled"))
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """A checkpoint directory and transformers' model of the same weights."""
