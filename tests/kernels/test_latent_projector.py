@@ -50,24 +50,20 @@ def test_under_autocast_it_is_as_exact_as_torchs_own(dropout: float, device: str
     expected = latent_projector_reference(exact[0], ProjectorWeights(*exact[1:]), EPS, dropout, seed=3)
     wanted = [expected, *torch.autograd.grad(expected, exact, cotangent)]
     errors = []
-    for projector in (FusedProjector.apply, lambda z, *rest: reference(z, rest)):
+    for projector in (FusedProjector.apply, torchs_own):
         inputs = [tensor.to(device, torch.float32).requires_grad_() for tensor in (z, *weights)]
         with torch.autocast(device, torch.bfloat16):
             y = projector(inputs[0], EPS, dropout, 3, *inputs[1:])
         found = [y, *torch.autograd.grad(y, inputs, cotangent.to(device, torch.float32))]
         assert all(tensor.dtype == torch.float32 for tensor in found)
-        errors.append([float((a - b).detach().norm() / b.detach().norm()) for a, b in pairs(found, wanted)])
+        pairs = [(a.detach().cpu(), b.detach()) for a, b in zip(found, wanted, strict=True)]
+        errors.append([float((a - b).norm() / b.norm()) for a, b in pairs])
     assert errors[0][0] > 1e-4, "autocast was off"
     # The gradient of the last bias is a sum of the cotangent alone: exact up to fp32's rounding.
     assert all(ours < max(1.3 * theirs, 1e-6) for ours, theirs in zip(*errors, strict=True)), errors
 
 
-def pairs(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> zip:
-    return zip((tensor.cpu() for tensor in found), wanted, strict=True)
-
-
-def reference(z: torch.Tensor, arguments: tuple) -> torch.Tensor:
-    eps, dropout, seed, *weights = arguments
+def torchs_own(z: torch.Tensor, eps: float, dropout: float, seed: int, *weights: torch.Tensor) -> torch.Tensor:
     return latent_projector_reference(z, ProjectorWeights(*weights), eps, dropout, seed)
 
 

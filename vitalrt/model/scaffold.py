@@ -117,9 +117,8 @@ class Scaffold(nn.Module):
         tokens = embed(chain_ids[..., :-1].clamp(min=0))
         inputs = torch.cat((self.pj_in(z)[:, :, None].to(tokens.dtype), tokens), dim=2)
         logits = self.text_decoder(inputs_embeds=inputs.flatten(0, 1), use_cache=False).logits
-        return logits.unflatten(0, chain_ids.shape[:2])[
-            :, :, : chain_ids.shape[2]
-        ]  # L may be 0: pj_in(z_k) predicts nothing
+        logits = logits.unflatten(0, chain_ids.shape[:2])
+        return logits[:, :, : chain_ids.shape[2]]  # where L is 0, pj_in(z_k) has nothing to predict
 
     def save(self, directory: Path) -> None:
         """scaffold.safetensors and scaffold.json, beside the checkpoint's own files."""
