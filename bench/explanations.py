@@ -43,7 +43,7 @@ from vitalrt.model.vision_encoder import PatchEncoder, open_encoder
 from vitalrt_training.data.phantom import Phantom, Sample, ask, draw_phantom
 from vitalrt_training.data.roi import peaks_within, phantom_mask, roi_features
 from vitalrt_training.data.roi_index import label_of
-from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, normalise
+from vitalrt_training.evaluate import MAX_ANSWER_TOKENS, is_right, normalise
 
 PHANTOMS_AT_A_TIME = 16
 K = 4
@@ -152,7 +152,7 @@ def read_all(windows: Windows, asked: Sequence[Asked]) -> list[Hits]:
     return [
         Hits(
             one.sample.question_type,
-            is_right(one),
+            is_right(one.answer.text, one.sample),
             [normalise(next(own)) == normalise(step) for step in one.sample.chain],
             [normalise(next(other)) == normalise(step) for step in one.sample.chain],
         )
@@ -179,15 +179,11 @@ def aim_all(windows: Windows, one: Asked) -> tuple[list[Hits], list[Hits]]:
     label = label_of(one.sample.target_name, one.phantom.modality)
     alike = [found.label == label for [found] in windows.index.nearest(aims, 1)]
     share = windows.index.labels.count(label) / len(windows.index.labels)
-    kind, right = one.sample.question_type, is_right(one)
+    kind, right = one.sample.question_type, is_right(one.answer.text, one.sample)
     return (
         [Hits(kind, right, inside[:K], inside[K : 2 * K], float(mask.mean()), inside[-1])],
         [Hits(kind, right, alike[:K], alike[K : 2 * K], share, alike[-1])],
     )
-
-
-def is_right(one: Asked) -> bool:
-    return normalise(one.answer.text) == normalise(one.sample.answer)
 
 
 def summary(hits: Sequence[Hits]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Card:
 CARDS = {
     card.name: card
     for card in (
-        Card("H200", 4.3e12, 790e12, "public reports of a large copy and product; not measured by this project"),
+        Card("H200", 4.3e12, 790e12, "public reports of a large copy and product; docs/performance.md has ours"),
         Card("H100", 3.35e12, 989e12, "specified: NVIDIA H100 data sheet, SXM"),
         Card("A100-80GB", 2.039e12, 312e12, "specified: NVIDIA A100 data sheet, SXM"),
         Card("RTX-PRO-6000", 1.792e12, 500e12, "specified: NVIDIA RTX PRO 6000 Blackwell, bf16 from its FP4 rate"),

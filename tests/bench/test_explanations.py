@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import vitalrt
-from bench.explanations import Hits, K, Windows, aim_all, ask_all, is_right, main, summary
+from bench.explanations import Hits, K, Windows, aim_all, ask_all, main, summary
 from vitalrt.api import BUNDLED
 from vitalrt.engine.request import Request
 from vitalrt.explain.visual_window import aim, heatmaps
 from vitalrt.model.scaffold import Scaffold
 from vitalrt_training.data.phantom import draw_phantom
 from vitalrt_training.data.roi import peaks_within, phantom_mask, roi_features
+from vitalrt_training.evaluate import is_right
 
 
 def measure(tmp_path, *arguments):
@@ -80,8 +81,8 @@ def test_hits_are_of_the_question_the_other_picture_and_the_region_itself():
         unlike += (picture.own, neighbour.own) != (picture.other, neighbour.other)
         shown += 1
     assert shown > 20 and unlike > 5
-    right = {is_right(replace(one, sample=replace(one.sample, answer=answer))) for one in asked for answer in ("?",)}
-    assert right == {False} and any(is_right(one) for one in asked)
+    right = {is_right(one.answer.text, replace(one.sample, answer="?")) for one in asked}
+    assert right == {False} and any(is_right(one.answer.text, one.sample) for one in asked)
     others = [Request(draw_phantom("test", 0, 1).image, one.sample.question, k=K) for one in asked[:3]]
     for one, other in zip(asked, model.generate_batch(others), strict=False):
         assert one.phantom.index == 0
