@@ -120,6 +120,13 @@ def until() -> Callable[..., None]:
     return wait_until
 
 
+@pytest.fixture(scope="session")
+def short_deadline_s() -> float:
+    """Soon over, and yet a request has always reached the engine by then: reading one has taken 0.5 s on a busy
+    machine."""
+    return 2.0
+
+
 class Brake:
     """Stands in for an engine's advance(): steps happen only while it is open, or one by one."""
 

@@ -54,9 +54,9 @@ def test_texts_are_there_if_they_were_asked_for(phantom, serve, tmp_path):
     assert "base64" not in path.read_text()
 
 
-def test_a_request_that_ends_early_is_told_too(phantom, brake, serve, tmp_path):
+def test_a_request_that_ends_early_is_told_too(phantom, brake, serve, short_deadline_s, tmp_path):
     path = tmp_path / "audit.jsonl"
-    with serve(phantom, audit_file=path, deadline_s=0.3) as running:
+    with serve(phantom, audit_file=path, deadline_s=short_deadline_s) as running:
         running.post()
         running.post(stream=True)
     assert [line["outcome"] for line in lines_of(path)] == ["deadline_exceeded", "deadline_exceeded"]

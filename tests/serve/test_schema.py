@@ -29,22 +29,26 @@ CONFORMANCE = (
 load_all_checks()
 
 
-@pytest.fixture(scope="module")
-def operations(running):
+def operations_of(running):
     schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json")
     return {found.ok().label: found.ok() for found in schema.get_all_operations()}
+
+
+@pytest.fixture(scope="module")
+def operations(running):
+    return operations_of(running)
 
 
 def test_every_operation_is_tried(operations):
     assert set(operations) == set(OPERATIONS)
 
 
-def _get_past_the_door(case):
+def _get_past_the_door(case, changes):
     """Made-up names of models, and questions, are refused at once: give it real ones beside what else was made up."""
     if "model" in case.path_parameters:
         case.path_parameters["model"] = "phantom@k=3"
     if isinstance(case.body, dict):
-        case.body |= {"model": "phantom", "messages": [{"role": "user", "content": "Is the liver visible?"}]}
+        case.body |= {"model": "phantom", "messages": [{"role": "user", "content": "Is the liver visible?"}], **changes}
 
 
 @pytest.mark.parametrize("label", OPERATIONS)
@@ -66,7 +70,7 @@ def test_no_made_up_request_ends_in_a_5xx(operations, label):
     def check(data):
         case = data.draw(st.one_of(modes))
         if data.draw(st.booleans()):
-            _get_past_the_door(case)
+            _get_past_the_door(case, {"stream": True} if data.draw(st.booleans()) else {})
         response = case.call()
         statuses[response.status_code] += 1
         case.validate_response(response, checks=CHECKS.get_by_names(CONFORMANCE))
@@ -74,3 +78,13 @@ def test_no_made_up_request_ends_in_a_5xx(operations, label):
     check()
     assert max(statuses) < 500
     assert 200 in statuses
+
+
+@pytest.mark.parametrize(("steps", "last"), [(1, '"code": "deadline_exceeded"'), (1000, '"finish_reason":"stop"')])
+def test_the_events_of_a_stream_are_as_documented(phantom, brake, serve, short_deadline_s, steps, last):
+    brake.allow(steps)
+    with serve(phantom, deadline_s=short_deadline_s) as running:
+        operation = operations_of(running)["POST /v1/chat/completions"]
+        body = {"model": "phantom", "messages": running.messages(), "stream": True}
+        response = operation.Case(body=body, media_type="application/json").call_and_validate()
+    assert last in response.text.split("\n\n")[-3]

@@ -89,7 +89,7 @@ def _add_routes(app: App, chat: Chat, catalog: Catalog, metrics: Metrics, worker
     body = {"required": True, "content": {"application/json": {"schema": _ref("ChatRequest")}}}
     answers = {
         "application/json": {"schema": _ref("ChatCompletion")},
-        "text/event-stream": {"schema": {"type": "string", "description": "events with a ChatChunk each"}},
+        "text/event-stream": {"itemSchema": _event_schema("ChatChunk", "ErrorBody")},
     }
     errors: dict[int | str, dict[str, Any]] = {"4XX": _documented("ErrorBody"), "5XX": _documented("ErrorBody")}
 
@@ -148,6 +148,14 @@ def _status(worker: Worker) -> int:
 
 def _ref(name: str) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _event_schema(*names: str) -> dict[str, Any]:
+    """Of a server-sent event: one of these as JSON, or the last event's [DONE]. For OpenAPI 3.2's itemSchema, which
+    FastAPI writes into documents of 3.1 too."""
+    payload = {"anyOf": [_ref(name) for name in names]}
+    data = [{"const": "[DONE]"}, {"type": "string", "contentMediaType": "application/json", "contentSchema": payload}]
+    return {"type": "object", "required": ["data"], "properties": {"data": {"anyOf": data}}}
 
 
 def _documented(name: str) -> dict[str, Any]:
